@@ -1,0 +1,109 @@
+"""The Ray cluster a verb runs on: the one it is submitted to, or one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from gist_ray.config import ClusterConfig
+
+# Set before Ray or a worker of Ray starts; `setdefault` leaves the user's own choice alone.
+_ENVIRONMENT = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def connected(cluster: ClusterConfig) -> Iterator[None]:
+    """Connect to Ray for the length of a `with` block.
+
+    In order: the Ray this process is already connected to; `cluster.address`; `RAY_ADDRESS`, which Ray sets for
+    submitted jobs; else a Ray of our own, on loopback, with a token that exists only in this process tree, in a
+    temporary folder, shut down at the end.
+    """
+    ray_was_imported = "ray" in sys.modules
+    if not ray_was_imported:
+        # Ray reads the mode once, at import. Later it is too late to set one, and Ray's own default for a local
+        # cluster (a token, kept in the user's Ray folder) stands.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with _own_ray(cluster, own_token=not ray_was_imported and os.environ["RAY_AUTH_MODE"] == "token"):
+        yield
+
+
+@contextmanager
+def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
+    import ray
+
+    # Unix sockets allow 107 characters: a deep TMPDIR would not fit Ray's session path.
+    folder = tempfile.mkdtemp(prefix="gist-ray-", dir=None if len(tempfile.gettempdir()) < 30 else "/tmp")
+    own_token = own_token and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if own_token:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=logical_cpus(cluster),
+            include_dashboard=True,  # without it Train's placement-group cleaner logs an error every second
+            dashboard_host="127.0.0.1",
+            dashboard_port=free_port(),
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+            _temp_dir=folder,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        if own_token:
+            os.environ.pop("RAY_AUTH_TOKEN", None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def logical_cpus(cluster: ClusterConfig) -> int:
+    """CPUs to tell a local Ray of: enough for the training workers and, beside them, for Ray Data and actors.
+
+    Training workers that hold every CPU starve a Ray Data task in silence (stack.md §5), so a small machine
+    advertises more than it has; threads, not this number, bound the real load.
+    """
+    training = cluster.num_workers * cluster.cpus_per_worker
+    return max(os.cpu_count() or 1, int(training) + cluster.data_workers + 2)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def import_path() -> str:
+    """Folder to put on a worker's PYTHONPATH so that it imports this very gist_ray."""
+    return str(Path(__file__).parent.parent)

@@ -1,0 +1,308 @@
+"""Recipe: one frozen, typed tree that says everything about a run.
+
+Unknown keys are errors that name the nearest valid key. Derived numbers are methods, so no number is stated twice.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gist_ray.errors import InputError
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceConfig(_Section):
+    """One place that triplets come from: a file, a folder, a glob, or a Hugging Face dataset id."""
+
+    path: str
+    """Local path or glob (Parquet, JSONL, JSONL.gz, CSV, raw MEDI JSON), or `hf://org/dataset`."""
+    revision: str | None = None
+    """Commit of the Hub dataset. Required for `hf://`, so that a run can be repeated."""
+    split: str = "train"
+    task_name: str | None = None
+    """Overrides the task of every row of this source."""
+    max_rows: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _hub_is_pinned(self) -> SourceConfig:
+        if self.path.startswith("hf://") and not self.revision:
+            raise ValueError(f"{self.path} needs `revision: <commit>`: an unpinned dataset cannot be reproduced")
+        return self
+
+
+class DataConfig(_Section):
+    """What is trained on."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    keep_instructions: bool = False
+    """Prefix each text with its `*_instruct` column. The paper drops them (gistembed.md §2)."""
+    max_chars: int = Field(default=100_000, ge=1)
+    """A row with a longer text is rejected, with this reason: it is almost always a parsing accident."""
+
+
+class ModelConfig(_Section):
+    """An encoder to load: sentence-transformers folder, bare transformers folder, or Hub id."""
+
+    path: str
+    revision: str | None = None
+    max_tokens: int | None = Field(default=None, ge=4)
+    """None: what the model folder says."""
+    pooling: Literal["mean", "cls"] | None = None
+    """None: what the model folder says (mean for a bare transformers folder)."""
+    prompt: str = ""
+    """Put before every text, exactly as written."""
+
+
+class StudentConfig(ModelConfig):
+    """The encoder that is trained."""
+
+    layers: tuple[int, ...] | None = None
+    """Keep only these transformer layers (0-based) of the loaded model, in this order."""
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_ascend(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and (not layers or list(layers) != sorted(set(layers)) or layers[0] < 0):
+            raise ValueError(f"layers {list(layers)} must be distinct, ascending and not negative, e.g. [0, 2, 4]")
+        return layers
+
+
+class GuideConfig(ModelConfig):
+    """The frozen encoder that decides which in-batch candidates are false negatives."""
+
+    batch_tokens: int = Field(default=4096, ge=16)
+    """Padded tokens per guide forward."""
+
+
+class LossConfig(_Section):
+    """Guided in-batch contrastive loss (arXiv 2402.16829)."""
+
+    temperature: float = Field(default=0.01, gt=0)
+    margin: float = Field(default=0.0, ge=-1, le=1)
+    """A candidate is hidden when guide(candidate) > guide(query, positive) - margin."""
+    margin_kind: Literal["absolute", "relative"] = "absolute"
+    guided: bool = True
+    """False: plain in-batch contrast, hiding only identical texts. The ablation of the paper."""
+    contrast_queries: bool = True
+    contrast_positives: bool = True
+
+
+class TrainConfig(_Section):
+    """How the student is trained."""
+
+    batch_size: int = Field(default=128, ge=2)
+    """Triplets per optimizer step over all workers: the number of workers does not change the result."""
+    epochs: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = 42
+    zero_stage: Literal[0, 1, 2] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    chunk_tokens: int = Field(default=4096, ge=16)
+    """Padded tokens per student forward: bounds padding, not the batch."""
+    log_steps: int = Field(default=1, ge=1)
+    checkpoint_steps: int = Field(default=200, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Optimizer steps of linear warm-up."""
+        return round(self.warmup_ratio * total_steps)
+
+
+class ClusterConfig(_Section):
+    """Which machines do the work."""
+
+    address: str | None = None
+    """Ray address. None: the cluster of `RAY_ADDRESS` (set inside a Ray job), else a Ray of our own on this machine."""
+    num_workers: int = Field(default=1, ge=1)
+    """Training workers."""
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    threads_per_worker: int = Field(default=1, ge=1)
+    data_workers: int = Field(default=2, ge=1)
+    """Guide and evaluation actors."""
+    data_threads: int = Field(default=1, ge=1)
+    """Threads of each guide or evaluation actor."""
+    max_failures: int = Field(default=3, ge=0)
+    """How often training restarts from its last checkpoint."""
+
+
+class EvaluationConfig(_Section):
+    """How models are scored."""
+
+    tasks: tuple[str, ...] = ()
+    """MTEB task names from the Hub."""
+    data: str | None = None
+    """Folder of local tasks."""
+    batch_tokens: int = Field(default=4096, ge=16)
+
+
+class ServingConfig(_Section):
+    """How the model is served."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0: a free port."""
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1)
+    batch_tokens: int = Field(default=2048, ge=16)
+    """Padded tokens per forward."""
+    max_queue_tokens: int = Field(default=200_000, ge=16)
+    """Queued tokens above which a request is answered 429."""
+
+    @model_validator(mode="after")
+    def _replicas_ordered(self) -> ServingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class Recipe(_Section):
+    """Everything about a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    output_dir: str = "runs"
+    """Artifacts go to `output_dir/name/`. On several nodes: storage that all of them see."""
+    data: DataConfig
+    student: StudentConfig
+    guide: GuideConfig
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+
+    @model_validator(mode="after")
+    def _batch_feeds_every_worker(self) -> Recipe:
+        if self.train.batch_size < self.cluster.num_workers:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is below cluster.num_workers {self.cluster.num_workers}"
+            )
+        return self
+
+    def run_dir(self) -> Path:
+        """Folder of this run's artifacts, absolute: Ray workers start elsewhere."""
+        return Path(self.output_dir).expanduser().absolute() / self.name
+
+    def shards_dir(self) -> Path:
+        """Where `prepare` writes."""
+        return self.run_dir() / "shards"
+
+    def checkpoint_dir(self) -> Path:
+        """Where `train` writes its finished checkpoint."""
+        return self.run_dir() / "checkpoint"
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a YAML recipe and apply `a.b=value` overrides (values are YAML).
+
+    `path` is a file, or the name of a shipped recipe such as `gist-minilm`.
+
+    Raises:
+        InputError: missing file, YAML error, unknown key (with the nearest valid one) or bad value.
+    """
+    file = _recipe_file(Path(path))
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{file}: a recipe is a mapping of sections, this is a {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, str(file))
+
+
+def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """Validate a recipe tree.
+
+    Raises:
+        InputError: one line per problem, each with its place.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise InputError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _recipe_file(path: Path) -> Path:
+    shipped = RECIPES_DIR / f"{path}.yaml"
+    if path.is_file():
+        return path
+    if path.parent == Path() and shipped.is_file():
+        return shipped
+    names = sorted(file.stem for file in RECIPES_DIR.glob("*.yaml"))
+    raise InputError(f"recipe {path} does not exist; give a YAML file or one of the shipped recipes: {', '.join(names)}")
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"--set {override}: expected KEY=VALUE, e.g. --set train.learning_rate=2e-5")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+        elif isinstance(node, dict):
+            node = node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
+            raise InputError(f"--set {override}: `{parent}` is a value, not a section")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML: {error}") from error
+    if isinstance(parsed, str):
+        parsed = _number(parsed)
+    if not isinstance(node, dict):
+        raise InputError(f"--set {override}: only keys of a section can be set, `{key}` is an element of a list")
+    node[leaf] = parsed
+
+
+def _number(text: str) -> float | str:
+    """YAML 1.1 reads `2e-5` as a string; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(problem: Any) -> str:
+    place = [str(part) for part in problem["loc"]]
+    dotted = ".".join(place) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place[-1], _keys_beside(place), n=1, cutoff=0.5)
+        hint = f"did you mean `{'.'.join([*place[:-1], near[0]])}`?" if near else (
+            "valid keys: " + ", ".join(_keys_beside(place))
+        )
+        return f"unknown key `{dotted}`; {hint}"
+    if problem["type"] == "missing":
+        return f"`{dotted}` is required"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"`{dotted}`: {message}" + ("" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})")
+
+
+def _keys_beside(place: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in place[:-1]:
+        if part.isdigit():
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+        model = inner[0] if inner else annotation
+    return list(model.model_fields)

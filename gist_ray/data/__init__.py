@@ -1,0 +1,1 @@
+"""From text triplets to shards: sources, prepare, shards, plan."""

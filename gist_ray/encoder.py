@@ -1,0 +1,346 @@
+"""Encoder: load, tokenize, embed, save. The one model noun of guide, student, evaluation and serving."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gist_ray.errors import InputError
+from gist_ray.manifest import digest_files, digest_of
+
+Pooling = Literal["mean", "cls"]
+TokenIds = npt.NDArray[np.integer[Any]]
+
+_LAYER_LISTS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+_PREFIXED_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+@dataclass
+class Encoder:
+    """A transformer with pooling and normalisation: texts in, unit vectors out.
+
+    Vectors always have unit length, whether or not the folder has a Normalize module: every similarity of
+    GISTEmbed, MTEB's and the endpoint's is a cosine.
+    """
+
+    model: Any
+    tokenizer: Any
+    pooling: Pooling
+    max_tokens: int
+    prompts: dict[str, str] = field(default_factory=dict)
+    lower_case: bool = False
+    source: str = ""
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        max_tokens: int | None = None,
+        pooling: Pooling | None = None,
+        layers: Sequence[int] | None = None,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> Encoder:
+        """Load a sentence-transformers folder, a bare transformers folder or a Hub id.
+
+        Only safetensors weights are read: pickled weights can run code.
+
+        Raises:
+            InputError: no such folder or Hub id, no safetensors, a module or pooling we do not compute, too many
+                `max_tokens`, or layers that the model does not have.
+        """
+        folder = _resolve(path, revision)
+        transformer_dir, stored = _read_folder(folder)
+        if not list(transformer_dir.glob("*.safetensors")):
+            raise InputError(
+                f"{transformer_dir} has no *.safetensors weights; gist-ray does not read pickled weights. "
+                "Save the model with safe_serialization=True"
+            )
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # a bar per load would drown the run's own progress
+        shared = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+        try:
+            config = AutoConfig.from_pretrained(transformer_dir, **shared)
+            tokenizer = AutoTokenizer.from_pretrained(transformer_dir, **shared)
+            model = AutoModel.from_pretrained(
+                transformer_dir, config=config, use_safetensors=True, dtype=torch.float32, **shared
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{folder} cannot be loaded as an encoder: {str(error).splitlines()[0]}") from error
+        if layers is not None:
+            _keep_layers(model, layers, str(path))
+        limit = _position_limit(config)
+        wanted = max_tokens or stored["max_tokens"] or min(limit, tokenizer.model_max_length)
+        if wanted > limit:
+            raise InputError(f"max_tokens {wanted} is above the {limit} positions of {path}; lower it")
+        return cls(
+            model=model.eval().to(device),
+            tokenizer=tokenizer,
+            pooling=pooling or stored["pooling"],
+            max_tokens=int(wanted),
+            prompts=stored["prompts"],
+            lower_case=stored["lower_case"],
+            source=str(path),
+        )
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def tokenize(self, texts: Sequence[str], *, prompt: str = "", truncate: bool = True) -> list[TokenIds]:
+        """Token ids of each text, special tokens included, cut at `max_tokens`.
+
+        `truncate=False` returns all ids, so that a caller can refuse what is too long.
+        """
+        if not texts:
+            return []
+        prepared = [(prompt + text).strip() for text in texts]
+        if self.lower_case:
+            prepared = [text.lower() for text in prepared]
+        ids = self.tokenizer(
+            prepared,
+            truncation=truncate,
+            max_length=self.max_tokens if truncate else None,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        return [np.asarray(row, dtype=np.int64) for row in ids]
+
+    def embed(self, tokens: Sequence[TokenIds], *, batch_tokens: int = 4096) -> Tensor:
+        """Vectors of tokenized texts, `[n, dim]` fp32 of unit norm, in the order given.
+
+        Texts go through the model in length-sorted chunks of at most `batch_tokens` padded tokens (a single longer
+        text is a chunk of its own). Differentiable: the caller decides about `inference_mode`.
+        """
+        if not tokens:
+            return torch.zeros((0, self.dim), device=self.device)
+        lengths = np.array([len(row) for row in tokens])
+        chunks = length_sorted_chunks(lengths, batch_tokens)
+        vectors = torch.cat([self._forward([tokens[i] for i in chunk]) for chunk in chunks])
+        back = np.empty(len(tokens), dtype=np.int64)
+        back[np.concatenate(chunks)] = np.arange(len(tokens))
+        return vectors[torch.from_numpy(back).to(vectors.device)]
+
+    def encode(
+        self, texts: Sequence[str], *, prompt: str = "", batch_tokens: int = 4096
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of texts, `[n, dim]` float32 of unit norm."""
+        with torch.inference_mode():
+            vectors = self.embed(self.tokenize(texts, prompt=prompt), batch_tokens=batch_tokens)
+        array: npt.NDArray[np.float32] = vectors.float().cpu().numpy()
+        return array
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a folder that `SentenceTransformer(folder)`, text-embeddings-inference and `Encoder.load` read."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+        modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+        files: dict[str, Any] = {
+            "modules.json": [
+                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for i, (path, kind) in enumerate(modules)
+            ],
+            "sentence_bert_config.json": {"max_seq_length": self.max_tokens, "do_lower_case": self.lower_case},
+            "config_sentence_transformers.json": {
+                "__version__": {"sentence_transformers": "3.0.0"},  # the oldest reader of this layout
+                "prompts": self.prompts,
+                "default_prompt_name": None,
+                "similarity_fn_name": "cosine",
+            },
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": self.dim,
+                "pooling_mode_cls_token": self.pooling == "cls",
+                "pooling_mode_mean_tokens": self.pooling == "mean",
+                "pooling_mode_max_tokens": False,
+                "pooling_mode_mean_sqrt_len_tokens": False,
+            },
+            "2_Normalize/config.json": {},
+        }
+        for name, value in files.items():
+            file = folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    def _forward(self, rows: list[TokenIds]) -> Tensor:
+        """One padded forward, `[len(rows), dim]`."""
+        width = max(len(row) for row in rows)
+        pad_id = self.tokenizer.pad_token_id or 0
+        ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+        input_ids = torch.from_numpy(ids).to(self.device)
+        attention_mask = torch.from_numpy(mask).to(self.device)
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return torch.nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=-1)
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+    """`hidden [n, tokens, dim]` and `attention_mask [n, tokens]` to fp32 `[n, dim]`."""
+    hidden = hidden.float()
+    if pooling == "cls":
+        return hidden[:, 0]
+    weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+def length_sorted_chunks(lengths: npt.NDArray[Any], batch_tokens: int) -> list[npt.NDArray[np.int64]]:
+    """Cut indices, longest first, into chunks whose padded size (rows x longest) is at most `batch_tokens`.
+
+    Longest first: the first chunk needs the most memory, so a run that fits at all fits from its first step on.
+    A text longer than the budget makes a chunk of its own.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    chunks, start = [], 0
+    while start < len(order):
+        rows = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        chunks.append(order[start : start + rows])
+        start += rows
+    return chunks
+
+
+def fingerprint(
+    path: str | Path, *, revision: str | None, max_tokens: int | None, pooling: Pooling | None, prompt: str
+) -> dict[str, Any]:
+    """Everything that decides an encoder's vectors: weights and tokenizer by content, then the settings.
+
+    Raises:
+        InputError: as `Encoder.load`, without loading the weights.
+    """
+    folder = _resolve(path, revision)
+    transformer_dir, stored = _read_folder(folder)
+    weights = sorted(transformer_dir.glob("*.safetensors"))
+    if not weights:
+        raise InputError(f"{transformer_dir} has no *.safetensors weights; gist-ray does not read pickled weights")
+    return {
+        "weights": digest_files([transformer_dir / "config.json", *weights]),
+        "tokenizer": tokenizer_digest(transformer_dir),
+        "pooling": pooling or stored["pooling"],
+        "max_tokens": max_tokens or stored["max_tokens"],
+        "lower_case": stored["lower_case"],
+        "prompt": prompt,
+    }
+
+
+def tokenizer_digest(transformer_dir: Path) -> str:
+    """Content hash of the tokenizer files of a transformers folder."""
+    names = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model")
+    files = [transformer_dir / name for name in names if (transformer_dir / name).is_file()]
+    # tokenizer.json alone decides a fast tokenizer; the others count only without it.
+    files = files[:1] if files and files[0].name == "tokenizer.json" else files
+    return digest_of([digest_files([file]) for file in files])
+
+
+def _resolve(path: str | Path, revision: str | None) -> Path:
+    """A local folder: the one given, or the snapshot of a Hub id."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    name = str(path)
+    if not _HUB_ID.match(name):
+        raise InputError(f"model {name} is neither an existing folder nor a Hub id like org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen unrelated types; each means "not to be had"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model {name} is no local folder and cannot be had from the Hub ({reason}); "
+            "give the path of a model folder, or check the id, the revision and the network"
+        ) from error
+
+
+def _read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Transformer folder and stored settings of a sentence-transformers or bare transformers folder."""
+    stored: dict[str, Any] = {"pooling": "mean", "max_tokens": None, "lower_case": False, "prompts": {}}
+    transformer_dir = folder
+    if (folder / "modules.json").is_file():
+        for module in _json(folder / "modules.json"):
+            kind, place = str(module["type"]).rsplit(".", 1)[-1], folder / module["path"]
+            if kind == "Transformer":
+                transformer_dir = place
+            elif kind == "Pooling":
+                stored["pooling"] = _stored_pooling(place / "config.json")
+            elif kind != "Normalize":
+                raise InputError(f"{folder}: module {module['type']} is not supported (Transformer, Pooling, Normalize)")
+        prompts = _json(folder / "config_sentence_transformers.json", {}).get("prompts")
+        stored["prompts"] = {key: value for key, value in (prompts or {}).items() if value}
+        settings = _json(transformer_dir / "sentence_bert_config.json", {})
+        stored["max_tokens"] = settings.get("max_seq_length")
+        stored["lower_case"] = bool(settings.get("do_lower_case", False))
+    if not (transformer_dir / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: {transformer_dir / 'config.json'} is missing")
+    return transformer_dir, stored
+
+
+def _stored_pooling(file: Path) -> Pooling:
+    config = _json(file)
+    modes = [name for key, name in _PREFIXED_POOLING.items() if config.get(key)]
+    others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on and key not in _PREFIXED_POOLING]
+    if isinstance(config.get("pooling_mode"), str):  # sentence-transformers >= 6
+        modes, others = [config["pooling_mode"]], []
+    if others or len(modes) != 1 or modes[0] not in ("mean", "cls"):
+        raise InputError(f"{file}: pooling {others + modes} is not supported; mean and cls are")
+    return "mean" if modes[0] == "mean" else "cls"
+
+
+def _json(file: Path, default: Any = None) -> Any:
+    if not file.is_file() and default is not None:
+        return default
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from error
+
+
+def _position_limit(config: Any) -> int:
+    """Longest input: position tables of the RoBERTa family start after the padding index."""
+    positions = int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
+    offset_by_padding = config.model_type in {"roberta", "xlm-roberta", "mpnet", "camembert"}
+    return positions - (int(config.pad_token_id) + 1 if offset_by_padding else 0)
+
+
+def _keep_layers(model: Any, layers: Sequence[int], name: str) -> None:
+    for dotted in _LAYER_LISTS:
+        owner: Any = model
+        *parents, leaf = dotted.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent, None)
+        stack = getattr(owner, leaf, None)
+        if isinstance(stack, torch.nn.ModuleList):
+            break
+    else:
+        raise InputError(f"student.layers is not supported for {name}: no known list of layers in its architecture")
+    if layers[-1] >= len(stack):
+        raise InputError(f"student.layers {list(layers)}: {name} has layers 0 to {len(stack) - 1}")
+    setattr(owner, leaf, torch.nn.ModuleList([stack[i] for i in layers]))
+    model.config.num_hidden_layers = len(layers)
