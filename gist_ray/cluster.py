@@ -20,7 +20,6 @@ from gist_ray.config import ClusterConfig
 # Set before Ray or a worker of Ray starts; `setdefault` leaves the user's own choice alone.
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
     "TOKENIZERS_PARALLELISM": "false",
@@ -50,6 +49,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        _quiet_data()
         try:
             yield
         finally:
@@ -79,12 +79,23 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
             logging_level=logging.WARNING,
             _temp_dir=folder,
         )
+        _quiet_data()
         yield
     finally:
         ray.shutdown()
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _quiet_data() -> None:
+    """Ray Data prints its plan and bars per data set; stages report their own progress."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.print_on_execution_start = False
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def logical_cpus(cluster: ClusterConfig) -> int:

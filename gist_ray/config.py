@@ -108,7 +108,9 @@ class TrainConfig(_Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    seed: int = 42
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """None: what the model folder says. 0 makes the result independent of the number of workers, to rounding."""
+    seed: int = Field(default=42, ge=0)
     zero_stage: Literal[0, 1, 2] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     chunk_tokens: int = Field(default=4096, ge=16)

@@ -1,0 +1,42 @@
+"""The one collective of the loss: gather rows from every worker, with gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_rows(local: Tensor, counts: list[int]) -> Tensor:
+    """Concatenate `local [counts[rank], dim]` of every worker, in rank order, to `[sum(counts), dim]`.
+
+    Differentiable: the gradient of a row is the sum of the gradients that all workers have for it, sent home. When
+    each of W workers backpropagates (W / B) * (sum of its rows' losses), the mean of the parameter gradients over the
+    workers is the gradient of one process with the whole batch of B rows (measured in training.md §2.4). Every worker
+    must call this, forward and backward, also one with no rows.
+    """
+    if len(counts) == 1:
+        return local
+    gathered: Tensor = _GatherRows.apply(local, counts)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        # gloo and NCCL gather equal shapes only: pad to the largest, at most one chunk more than needed.
+        padded = local.new_zeros((max(counts), local.shape[1]))
+        padded[: len(local)] = local
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded.contiguous())
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed)
+        start = sum(ctx.counts[: dist.get_rank()])
+        return summed[start : start + ctx.counts[dist.get_rank()]], None
