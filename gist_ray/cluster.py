@@ -48,7 +48,7 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(address=address, log_to_driver=_verbose(), logging_level=logging.WARNING)
         _quiet_data()
         try:
             yield
@@ -75,7 +75,7 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
             include_dashboard=True,  # without it Train's placement-group cleaner logs an error every second
             dashboard_host="127.0.0.1",
             dashboard_port=free_port(),
-            log_to_driver=True,
+            log_to_driver=_verbose(),
             logging_level=logging.WARNING,
             _temp_dir=folder,
         )
@@ -86,6 +86,11 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verbose() -> bool:
+    """Workers' own output is shown with `--verbose` only; their errors reach the driver anyway."""
+    return logging.getLogger("gist_ray").isEnabledFor(logging.DEBUG)
 
 
 def _quiet_data() -> None:

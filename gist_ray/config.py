@@ -80,8 +80,8 @@ class StudentConfig(ModelConfig):
 class GuideConfig(ModelConfig):
     """The frozen encoder that decides which in-batch candidates are false negatives."""
 
-    batch_tokens: int = Field(default=4096, ge=16)
-    """Padded tokens per guide forward."""
+    batch_tokens: int | None = Field(default=None, ge=16)
+    """Padded tokens per guide forward. None: what suits the device."""
 
 
 class LossConfig(_Section):
@@ -113,8 +113,8 @@ class TrainConfig(_Section):
     seed: int = Field(default=42, ge=0)
     zero_stage: Literal[0, 1, 2] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
-    chunk_tokens: int = Field(default=4096, ge=16)
-    """Padded tokens per student forward: bounds padding, not the batch."""
+    chunk_tokens: int | None = Field(default=None, ge=16)
+    """Padded tokens per student forward: bounds padding, not the batch. None: what suits the device."""
     log_steps: int = Field(default=1, ge=1)
     checkpoint_steps: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -149,7 +149,8 @@ class EvaluationConfig(_Section):
     """MTEB task names from the Hub."""
     data: str | None = None
     """Folder of local tasks."""
-    batch_tokens: int = Field(default=4096, ge=16)
+    batch_tokens: int | None = Field(default=None, ge=16)
+    """Padded tokens per forward. None: what suits the device."""
 
 
 class ServingConfig(_Section):

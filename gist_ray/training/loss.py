@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gist_ray.config import LossConfig
+from gist_ray.encoder import widened
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ def guided_contrastive_loss(
     - a candidate whose *text* is q_i or p_i is hidden always, by id. This takes in the self-diagonals, which the others
       leave to rounding, and repeated texts, which a strict `>` can never hide;
     - the pair (q_i, p_i) itself stands apart from the candidates, so no margin can hide it;
-    - logits and thresholds are fp32 whatever the model computes in.
+    - logits and thresholds are fp32 or wider, whatever the model computes in.
 
     A row with every candidate hidden has loss 0.
     """
     q, p = query.rows(own_rows), positive.rows(own_rows)
-    target = (q.student.float() * p.student.float()).sum(-1, keepdim=True)
+    target = (widened(q.student) * widened(p.student)).sum(-1, keepdim=True)
     threshold = (q.guide * p.guide).sum(-1, keepdim=True)
     threshold = threshold - config.margin * (threshold.abs() if config.margin_kind == "relative" else 1.0)
 
@@ -74,7 +75,7 @@ def guided_contrastive_loss(
     logits = [target / config.temperature]
     hidden = candidates = torch.zeros((), dtype=torch.int64, device=target.device)
     for anchor, others in blocks:
-        similarity = anchor.student.float() @ others.student.float().T
+        similarity = widened(anchor.student) @ widened(others.student).T
         same = (others.ids == q.ids[:, None]) | (others.ids == p.ids[:, None])
         masked = same
         if config.guided:

@@ -1,0 +1,184 @@
+"""gist-ray VERB INPUT [OUTPUT]: each verb is one function. Stdout carries the result alone; the rest goes to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gist_ray.errors import InputError
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        Exit code: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
+    """
+    # Ray reads its authentication mode once, at import; no verb has imported it yet.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("gist_ray").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    try:
+        result = arguments.run(arguments)
+    except InputError as error:
+        return _complain(str(error), BAD_INPUT)
+    except KeyboardInterrupt:
+        return _complain("interrupted; run the same command again to continue", INTERRUPTED)
+    except Exception as error:  # the last resort: one readable line, the traceback on request
+        bad_input = _input_error_inside(error)
+        if bad_input:
+            return _complain(bad_input, BAD_INPUT)
+        if arguments.verbose:
+            traceback.print_exc()
+        reason = (str(error).strip().splitlines() or ["no message"])[-1]
+        return _complain(f"{arguments.verb} failed: {type(error).__name__}: {reason} (--verbose shows more)", FAILED)
+    if result is not None:
+        print(result)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> str:
+    from gist_ray.check import check
+
+    return check(_recipe(arguments))
+
+
+def _prepare(arguments: argparse.Namespace) -> Path:
+    from gist_ray.data.prepare import prepare
+
+    return prepare(_recipe(arguments))
+
+
+def _train(arguments: argparse.Namespace) -> Path:
+    from gist_ray.training.run import train
+
+    return train(_recipe(arguments), resume=arguments.resume)
+
+
+def _export(arguments: argparse.Namespace) -> Path:
+    from gist_ray.export import export
+
+    return export(arguments.checkpoint, arguments.out, report=arguments.report)
+
+
+def _evaluate(arguments: argparse.Namespace) -> Path:
+    from gist_ray.config import ClusterConfig
+    from gist_ray.evaluation.run import evaluate
+
+    out = arguments.out or Path("reports") / Path(arguments.model).name
+    return evaluate(
+        arguments.model,
+        output_dir=out,
+        tasks=tuple(arguments.tasks),
+        data=arguments.data,
+        baseline=arguments.baseline,
+        cluster=ClusterConfig(data_workers=arguments.workers, data_threads=arguments.threads),
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from gist_ray.config import ClusterConfig, ServingConfig
+    from gist_ray.serving.app import serve
+
+    config = ServingConfig(host=arguments.host, port=arguments.port, threads=arguments.threads)
+    serve(
+        arguments.model,
+        config,
+        ClusterConfig(),
+        lambda endpoint: print(endpoint.url, flush=True),
+        model_id=arguments.model_id,
+    )
+
+
+def _quickstart(arguments: argparse.Namespace) -> Path:
+    from gist_ray.quickstart import quickstart
+
+    return quickstart(arguments.out, say=lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gist-ray", description="From text triplets to a served embedding model.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.add_argument("--verbose", action="store_true", help="show the workers' output, and tracebacks")
+        sub.set_defaults(run=run)
+        return sub
+
+    def recipe_verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        sub = verb(name, run, text)
+        sub.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                         help="override one value, e.g. --set train.learning_rate=2e-5; may be repeated")
+        return sub
+
+    sub = verb("quickstart", _quickstart, "the whole road on real text with a real model, in minutes")
+    sub.add_argument("--out", default="gist-ray-quickstart", help="folder for everything (default: %(default)s)")
+
+    recipe_verb("check", _check, "validate a recipe and show its arithmetic, before any machine is asked for")
+    recipe_verb("prepare", _prepare, "read, validate, deduplicate, tokenize, guide vectors: make the shards")
+    sub = recipe_verb("train", _train, "fine-tune the student on Ray Train with DeepSpeed (prepares first if need be)")
+    sub.add_argument("--resume", action="store_true", help="continue a run whose driver died")
+
+    sub = verb("export", _export, "checkpoint -> model folder with model card")
+    sub.add_argument("checkpoint", help="folder that `gist-ray train` printed")
+    sub.add_argument("out", help="new model folder")
+    sub.add_argument("--report", help="finished report whose scores go into the model card")
+
+    sub = verb("evaluate", _evaluate, "score a model with MTEB on Ray")
+    sub.add_argument("model", help="model folder or Hub id")
+    sub.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="MTEB task names (data from the Hub)")
+    sub.add_argument("--data", help="folder of local tasks")
+    sub.add_argument("--baseline", help="an earlier report to show scores against")
+    sub.add_argument("--out", help="report folder (default: reports/MODEL)")
+    sub.add_argument("--workers", type=int, default=2, help="encoder actors (default: %(default)s)")
+    sub.add_argument("--threads", type=int, default=1, help="threads of each actor (default: %(default)s)")
+
+    sub = verb("serve", _serve, "serve a model folder over HTTP on this machine until interrupted")
+    sub.add_argument("model", help="model folder or Hub id")
+    sub.add_argument("--host", default="127.0.0.1")
+    sub.add_argument("--port", type=int, default=8000, help="0: a free port (default: %(default)s)")
+    sub.add_argument("--threads", type=int, default=1, help="threads of the model (default: %(default)s)")
+    sub.add_argument("--model-id", help="name under which it is served (default: the folder's name)")
+    return parser
+
+
+def _recipe(arguments: argparse.Namespace) -> Any:
+    from gist_ray.config import load_recipe
+
+    return load_recipe(arguments.recipe, tuple(arguments.overrides))
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"gist-ray: {message}", file=sys.stderr)
+    return code
+
+
+def _input_error_inside(error: BaseException) -> str | None:
+    """The InputError that a Ray worker raised, or a pydantic error about an argument; None for real failures."""
+    from pydantic import ValidationError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            # Ray makes an error that is both its own and ours; its text ends in ours.
+            return str(getattr(cause, "cause", None) or cause)
+        if isinstance(cause, ValidationError):
+            problem = cause.errors()[0]
+            return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

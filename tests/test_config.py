@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from gist_ray.config import RECIPES_DIR, Recipe, load_recipe, parse_recipe
+from gist_ray.errors import InputError
+
+MINIMAL = {
+    "name": "n",
+    "data": {"sources": [{"path": "a.jsonl"}]},
+    "student": {"path": "s"},
+    "guide": {"path": "g"},
+}
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES_DIR.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_recipe_parses(file: Path):
+    assert load_recipe(file.stem) == load_recipe(file)
+
+
+def test_unknown_key_names_the_nearest_valid_one():
+    with pytest.raises(InputError, match=r"unknown key `train\.learning_rat`; did you mean `train\.learning_rate`"):
+        parse_recipe({**MINIMAL, "train": {"learning_rat": 1}})
+    with pytest.raises(InputError, match=r"unknown key `trian`; did you mean `train`"):
+        parse_recipe({**MINIMAL, "trian": {}})
+    with pytest.raises(InputError, match=r"unknown key `data\.sources\.0\.pth`; did you mean `data\.sources\.0\.path`"):
+        parse_recipe({**MINIMAL, "data": {"sources": [{"path": "a", "pth": "b"}]}})
+
+
+def test_every_problem_is_named_with_place_and_value():
+    with pytest.raises(InputError) as caught:
+        parse_recipe({**MINIMAL, "train": {"epochs": 0, "batch_size": "many"}, "guide": {}})
+    message = str(caught.value)
+    for part in ("`guide.path` is required", "`train.epochs`", "got 0", "`train.batch_size`", "got 'many'"):
+        assert part in message
+
+
+def test_overrides(tmp_path: Path):
+    file = tmp_path / "r.yaml"
+    file.write_text("name: a\ndata: {sources: [{path: x}]}\nstudent: {path: s}\nguide: {path: g}\n")
+    recipe = load_recipe(file, ("train.learning_rate=2e-5", "name=b", "student.layers=[0, 2]", "loss.guided=false"))
+    assert (recipe.train.learning_rate, recipe.name, recipe.student.layers, recipe.loss.guided) == (
+        2e-5, "b", (0, 2), False,
+    )
+    for bad in ("train", "=3", "name.x=1", "train.learning_rate=fast", "nothing.at_all=1"):
+        with pytest.raises(InputError):
+            load_recipe(file, (bad,))
+
+
+def test_bad_files(tmp_path: Path):
+    with pytest.raises(InputError, match=r"does not exist.*quickstart"):
+        load_recipe(tmp_path / "missing.yaml")
+    for content in ("- a list", "a: [", "\x00"):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(InputError, match=r"bad\.yaml"):
+            load_recipe(tmp_path / "bad.yaml")
+
+
+def test_the_tree_is_frozen_and_refuses_contradictions():
+    recipe = parse_recipe(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.train.epochs = 3  # type: ignore[misc]
+    for section in (
+        {"data": {"sources": [{"path": "hf://a/b"}]}},
+        {"data": {"sources": []}},
+        {"train": {"batch_size": 2}, "cluster": {"num_workers": 3}},
+        {"student": {"path": "s", "layers": [2, 0]}},
+        {"serving": {"min_replicas": 2, "max_replicas": 1}},
+        {"name": "../up"},
+    ):
+        with pytest.raises(InputError):
+            parse_recipe({**MINIMAL, **section})
+
+
+def test_derived_numbers():
+    recipe = parse_recipe({**MINIMAL, "output_dir": "/o", "train": {"warmup_ratio": 0.25}})
+    assert recipe.train.warmup_steps(10) == 2
+    assert recipe.shards_dir() == Path("/o/n/shards")
+    assert isinstance(recipe, Recipe)
