@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_triplets(tmp_path: Path, name: str):
 
 
 def test_hub_datasets_go_through_the_same_reader(tmp_path: Path):
-    write(tmp_path / "data" / "x" if False else tmp_path / "train.parquet")
+    write(tmp_path / "train.parquet")
     # A local folder stands for the Hub: `load_dataset` takes both, and no network is needed.
     units = find_units(DataConfig(sources=(SourceConfig(path=f"hf://{tmp_path}", revision="main"),)))
     assert list(read_unit(units[0], keep_instructions=False, max_chars=100)) == EXPECTED

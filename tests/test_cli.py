@@ -1,0 +1,106 @@
+"""The command line as a user meets it: exit codes, one readable message, nothing but the result on stdout."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gist_ray.cli import main
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_model: Path) -> Path:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"query": "q", "pos": "p", "neg": "n"}) + "\n")
+    recipe = {
+        "name": "r", "output_dir": str(tmp_path / "runs"),
+        "data": {"sources": [{"path": str(tmp_path / "a.jsonl")}]},
+        "student": {"path": str(tiny_model)}, "guide": {"path": str(tiny_model)},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path / "r.yaml"
+
+
+def test_check_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["check", str(recipe_file), "--set", "train.batch_size=64", "--set", "cluster.num_workers=2"]) == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["recipe"]["train"]["batch_size"] == 64
+    assert resolved["derived"]["batch"] == {
+        "triplets_per_step": 64, "triplets_per_worker": 32, "candidates_per_query": 63 + 64 + 63 + 63,
+    }
+    assert resolved["derived"]["student"]["dim"] == 32
+    assert resolved["derived"]["deepspeed"]["zero_optimization"]["stage"] == 1
+    memory = resolved["derived"]["memory_mb_per_worker"]
+    assert memory["adam_moments"] == pytest.approx(memory["weights"], abs=0.1)  # two moments over two workers
+
+
+def test_the_shipped_command_is_installed():
+    run = subprocess.run(["gist-ray", "--help"], capture_output=True, text=True, check=True,
+                         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
+    for verb in ("quickstart", "check", "prepare", "train", "export", "evaluate", "serve"):
+        assert verb in run.stdout
+
+
+BAD_INPUT = [
+    (["check", "{dir}/missing.yaml"], "does not exist"),
+    (["check", "{recipe}", "--set", "train.lr=1"], "unknown key `train.lr`"),
+    (["check", "{recipe}", "--set", "data.sources=[{{path: {dir}/none.jsonl}}]"], "none.jsonl does not exist"),
+    (["prepare", "{recipe}", "--set", "data.sources=[{{path: {dir}/wrong.jsonl}}]"], "no column `query`"),
+    (["train", "{recipe}", "--set", "data.sources=[{{path: {dir}/empty.jsonl}}]"], "empty.jsonl is empty"),
+    (["check", "{recipe}", "--set", "student.path={dir}/no-weights"], "config.json is missing"),
+    (["export", "{dir}", "{dir}/out"], "not a finished checkpoint"),
+    (["evaluate", "{dir}/no-weights", "--data", "{dir}"], "config.json is missing"),
+    (["serve", "{dir}/no-weights"], "config.json is missing"),
+    (["serve", "no/such/path/at/all"], "neither an existing folder nor a Hub id"),
+    (["serve", "{model}", "--port", "{port}"], "is in use"),
+    (["serve", "{model}", "--port", "70000"], "port"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_one_message_and_exit_code_2(
+    recipe_file: Path, tiny_model: Path, arguments, message, capsys: pytest.CaptureFixture[str]
+):
+    folder = recipe_file.parent
+    (folder / "wrong.jsonl").write_text('{"text": "t", "label": 1}\n')
+    (folder / "empty.jsonl").write_text("")
+    (folder / "no-weights").mkdir()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        values = {"dir": folder, "recipe": recipe_file, "model": tiny_model, "port": taken.getsockname()[1]}
+        assert main([argument.format(**values) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and "Traceback" not in err
+    assert [line for line in err.splitlines() if line.startswith("gist-ray: ")] and len(err.splitlines()) <= 3
+
+
+def test_a_non_string_cell_is_a_counted_reject_in_a_readable_message(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str], ray_session
+):
+    (recipe_file.parent / "a.jsonl").write_text('{"query": 3, "pos": "p"}\n')
+    assert main(["prepare", str(recipe_file)]) == 2
+    err = capsys.readouterr().err
+    assert "query is not a string (int): 1 rows" in err and "Traceback" not in err
+
+
+def test_a_failure_while_running_is_exit_code_1(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    import gist_ray.check
+
+    def broken(recipe):
+        raise RuntimeError("first line\nthe disk is on fire")
+
+    monkeypatch.setattr(gist_ray.check, "check", broken)
+    assert main(["check", str(recipe_file)]) == 1
+    assert "check failed: RuntimeError: the disk is on fire" in capsys.readouterr().err
+
+
+def test_importing_the_package_does_nothing():
+    code = "import sys, gist_ray, gist_ray.cli; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
