@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -25,10 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     # Ray reads its authentication mode once, at import; no verb has imported it yet.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     arguments = _parser().parse_args(argv)
+    arguments.stdout = sys.stdout  # for the one verb whose result comes before its end
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("gist_ray").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     try:
-        result = arguments.run(arguments)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what workers push to the driver's stdout
+            result = arguments.run(arguments)
     except InputError as error:
         return _complain(str(error), BAD_INPUT)
     except KeyboardInterrupt:
@@ -89,12 +92,14 @@ def _serve(arguments: argparse.Namespace) -> None:
     from gist_ray.config import ClusterConfig, ServingConfig
     from gist_ray.serving.app import serve
 
+    stdout = arguments.stdout
+
     config = ServingConfig(host=arguments.host, port=arguments.port, threads=arguments.threads)
     serve(
         arguments.model,
         config,
         ClusterConfig(),
-        lambda endpoint: print(endpoint.url, flush=True),
+        lambda endpoint: print(endpoint.url, file=stdout, flush=True),
         model_id=arguments.model_id,
     )
 
@@ -118,8 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     def recipe_verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
         sub = verb(name, run, text)
         sub.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
-        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-                         help="override one value, e.g. --set train.learning_rate=2e-5; may be repeated")
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="override one value, e.g. --set train.learning_rate=2e-5; may be repeated",
+        )
         return sub
 
     sub = verb("quickstart", _quickstart, "the whole road on real text with a real model, in minutes")

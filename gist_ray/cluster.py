@@ -46,6 +46,8 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not _verbose():
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ part logs harmless lines as errors
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=_verbose(), logging_level=logging.WARNING)
@@ -67,6 +69,7 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="gist-ray-", dir=None if len(tempfile.gettempdir()) < 30 else "/tmp")
     own_token = own_token and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if own_token:
+        # It stays for the life of this process: Ray caches it, so a second Ray here must have the same.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     try:
         ray.init(
@@ -83,8 +86,6 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        if own_token:
-            os.environ.pop("RAY_AUTH_TOKEN", None)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -100,7 +101,7 @@ def _quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.print_on_execution_start = False
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def logical_cpus(cluster: ClusterConfig) -> int:

@@ -250,7 +250,7 @@ def _recipe_file(path: Path) -> Path:
     if path.parent == Path() and shipped.is_file():
         return shipped
     names = sorted(file.stem for file in RECIPES_DIR.glob("*.yaml"))
-    raise InputError(f"recipe {path} does not exist; give a YAML file or one of the shipped recipes: {', '.join(names)}")
+    raise InputError(f"recipe {path} does not exist; give a YAML file or a shipped recipe: {', '.join(names)}")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -290,8 +290,10 @@ def _explain(problem: Any) -> str:
     dotted = ".".join(place) or "recipe"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place[-1], _keys_beside(place), n=1, cutoff=0.5)
-        hint = f"did you mean `{'.'.join([*place[:-1], near[0]])}`?" if near else (
-            "valid keys: " + ", ".join(_keys_beside(place))
+        hint = (
+            f"did you mean `{'.'.join([*place[:-1], near[0]])}`?"
+            if near
+            else ("valid keys: " + ", ".join(_keys_beside(place)))
         )
         return f"unknown key `{dotted}`; {hint}"
     if problem["type"] == "missing":

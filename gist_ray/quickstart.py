@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from gist_ray.evaluation.compare import Interval, paired_bootstrap, paired_items
 from gist_ray.evaluation.run import evaluate, ndcg_at_10_per_query
 from gist_ray.export import export
 from gist_ray.manifest import finished, read_manifest, write_json, write_manifest
-from gist_ray.serving.app import Endpoint, serve_model
+from gist_ray.serving.app import API_KEYS_VARIABLE, Endpoint, serve_model
 from gist_ray.training.loop import read_metrics
 from gist_ray.training.run import train
 
@@ -85,12 +86,12 @@ def quickstart(out: str | Path = "gist-ray-quickstart", *, say: Say = lambda lin
         say(f"[4/6] evaluate: retrieval over held-out books ({', '.join(_HELD_OUT_BOOKS.values())}), before and after")
         tasks = out / "data" / "evaluation"
         before = evaluate(before_model, output_dir=out / "report-before", data=tasks, cluster=recipe.cluster)
-        after = evaluate(
-            model, output_dir=out / "report-after", data=tasks, cluster=recipe.cluster, baseline=before
-        )
+        after = evaluate(model, output_dir=out / "report-after", data=tasks, cluster=recipe.cluster, baseline=before)
         gain = _gain(before, after, tasks / _TASK)
-        say(f"      nDCG@10 {gain.before:.4f} -> {gain.after:.4f}, "
-            f"95 % interval of the gain [{gain.interval.low:+.4f}, {gain.interval.high:+.4f}]")
+        say(
+            f"      nDCG@10 {gain.before:.4f} -> {gain.after:.4f}, "
+            f"95 % interval of the gain [{gain.interval.low:+.4f}, {gain.interval.high:+.4f}]"
+        )
         say("[5/6] serve: Ray Serve on this machine, three questions over HTTP")
         held_out = [verse.ylt for verse in verses if verse.verse_id // 1000 in _EXAMPLE_CHAPTERS]
         with serve_model(model, ServingConfig(port=0), recipe.cluster, model_id=recipe.name) as endpoint:
@@ -138,7 +139,8 @@ def write_data(verses: list[Verse], folder: Path) -> None:
         return
     generator = np.random.default_rng(_SEED)
     usable = [
-        verse for verse in verses
+        verse
+        for verse in verses
         if verse.book not in _HELD_OUT_BOOKS and max(len(verse.web), len(verse.ylt)) <= _MAX_TRAINING_CHARS
     ]
     chosen = generator.choice(len(usable), _TRAINING_PAIRS, replace=False)
@@ -207,8 +209,11 @@ def write_report(out: Path, recipe: Recipe, gain: Gain, answers: list[tuple[str,
                 [
                     ("nDCG@10 before", f"{gain.before:.4f}", "three layers, untrained"),
                     ("nDCG@10 after", f"{gain.after:.4f}", f"{gain.queries} held-out queries"),
-                    ("gain", f"{gain.after - gain.before:+.4f}",
-                     f"95 % interval {interval[0]:+.4f} to {interval[1]:+.4f}"),
+                    (
+                        "gain",
+                        f"{gain.after - gain.before:+.4f}",
+                        f"95 % interval {interval[0]:+.4f} to {interval[1]:+.4f}",
+                    ),
                     ("negatives hidden", f"{facts['masked_share']:.2%}", "by the guide, mean over steps"),
                 ]
             ),
@@ -263,7 +268,9 @@ def _ask(endpoint: Endpoint, verses: list[str]) -> list[tuple[str, float]]:
     """Nearest verse of each example query, all vectors taken over HTTP."""
     texts = [*_EXAMPLE_QUERIES, *verses]
     vectors: list[list[float]] = []
-    with httpx.Client(timeout=120, trust_env=False) as client:
+    keys = os.environ.get(API_KEYS_VARIABLE, "").split(",")
+    headers = {"Authorization": f"Bearer {keys[0].strip()}"} if keys[0] else {}
+    with httpx.Client(timeout=120, trust_env=False, headers=headers) as client:
         for start in range(0, len(texts), 256):
             body = {"model": endpoint.model_id, "input": texts[start : start + 256]}
             answer = client.post(f"{endpoint.url}/v1/embeddings", json=body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,11 @@ def tiny_model(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
         max_position_embeddings=128,
     )
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -68,5 +73,5 @@ def verse_rows() -> list[dict[str, str | None]]:
     verses = read_verses()[:601]
     return [
         {"query": v.web, "pos": v.ylt, "neg": after.ylt, "task_name": f"book-{i % 2}"}
-        for i, (v, after) in enumerate(zip(verses, verses[1:], strict=False))
+        for i, (v, after) in enumerate(itertools.pairwise(verses))
     ]

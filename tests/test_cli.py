@@ -16,9 +16,11 @@ from gist_ray.cli import main
 def recipe_file(tmp_path: Path, tiny_model: Path) -> Path:
     (tmp_path / "a.jsonl").write_text(json.dumps({"query": "q", "pos": "p", "neg": "n"}) + "\n")
     recipe = {
-        "name": "r", "output_dir": str(tmp_path / "runs"),
+        "name": "r",
+        "output_dir": str(tmp_path / "runs"),
         "data": {"sources": [{"path": str(tmp_path / "a.jsonl")}]},
-        "student": {"path": str(tiny_model)}, "guide": {"path": str(tiny_model)},
+        "student": {"path": str(tiny_model)},
+        "guide": {"path": str(tiny_model)},
     }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     return tmp_path / "r.yaml"
@@ -29,7 +31,9 @@ def test_check_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.Capt
     resolved = yaml.safe_load(capsys.readouterr().out)
     assert resolved["recipe"]["train"]["batch_size"] == 64
     assert resolved["derived"]["batch"] == {
-        "triplets_per_step": 64, "triplets_per_worker": 32, "candidates_per_query": 63 + 64 + 63 + 63,
+        "triplets_per_step": 64,
+        "triplets_per_worker": 32,
+        "candidates_per_query": 63 + 64 + 63 + 63,
     }
     assert resolved["derived"]["student"]["dim"] == 32
     assert resolved["derived"]["deepspeed"]["zero_optimization"]["stage"] == 1
@@ -38,8 +42,13 @@ def test_check_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.Capt
 
 
 def test_the_shipped_command_is_installed():
-    run = subprocess.run(["gist-ray", "--help"], capture_output=True, text=True, check=True,
-                         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
+    run = subprocess.run(
+        ["gist-ray", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+    )
     for verb in ("quickstart", "check", "prepare", "train", "export", "evaluate", "serve"):
         assert verb in run.stdout
 
@@ -60,7 +69,7 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
 def test_bad_input_is_one_message_and_exit_code_2(
     recipe_file: Path, tiny_model: Path, arguments, message, capsys: pytest.CaptureFixture[str]
 ):
@@ -101,6 +110,8 @@ def test_a_failure_while_running_is_exit_code_1(
 
 
 def test_importing_the_package_does_nothing():
-    code = "import sys, gist_ray, gist_ray.cli; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, gist_ray, gist_ray.cli; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

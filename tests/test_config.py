@@ -41,7 +41,10 @@ def test_overrides(tmp_path: Path):
     file.write_text("name: a\ndata: {sources: [{path: x}]}\nstudent: {path: s}\nguide: {path: g}\n")
     recipe = load_recipe(file, ("train.learning_rate=2e-5", "name=b", "student.layers=[0, 2]", "loss.guided=false"))
     assert (recipe.train.learning_rate, recipe.name, recipe.student.layers, recipe.loss.guided) == (
-        2e-5, "b", (0, 2), False,
+        2e-5,
+        "b",
+        (0, 2),
+        False,
     )
     for bad in ("train", "=3", "name.x=1", "train.learning_rate=fast", "nothing.at_all=1"):
         with pytest.raises(InputError):

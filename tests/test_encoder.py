@@ -31,8 +31,9 @@ def test_reads_what_sentence_transformers_writes(minilm: Path, tmp_path: Path):
     from sentence_transformers import SentenceTransformer
 
     SentenceTransformer(str(minilm)).save(str(tmp_path / "theirs"))
-    np.testing.assert_allclose(Encoder.load(tmp_path / "theirs").encode(TEXTS), Encoder.load(minilm).encode(TEXTS),
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        Encoder.load(tmp_path / "theirs").encode(TEXTS), Encoder.load(minilm).encode(TEXTS), atol=1e-6
+    )
 
 
 def test_prompt_max_tokens_and_pooling_change_the_vectors(tiny_model: Path):
@@ -138,7 +139,7 @@ def _incomplete_weights(folder: Path):
         (_max_pooling, "pooling .*max.* is not supported"),
         (_damaged_config, "cannot be loaded|cannot be read"),
         (_truncated_weights, "cannot be loaded"),
-        (_incomplete_weights, "no weights for encoder.layer.1.output.dense.weight"),
+        (_incomplete_weights, "no weights for encoder"),
         (lambda folder: shutil.rmtree(folder) or folder.mkdir(), r"config\.json is missing"),
     ],
 )

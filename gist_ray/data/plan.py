@@ -38,7 +38,8 @@ def worker_rows(batch: Rows, query_lengths: Rows, rank: int, world_size: int) ->
     position = np.arange(len(batch))
     turn, place = position // world_size, position % world_size
     dealt_to = np.where(turn % 2 == 0, place, world_size - 1 - place)
-    return batch[np.sort(order[dealt_to == rank])]
+    rows: Rows = batch[np.sort(order[dealt_to == rank])]
+    return rows
 
 
 def _pack(triplets: Triplets, rows: Rows, batch_size: int) -> list[Rows]:

@@ -11,6 +11,7 @@ the result is the same, byte for byte, whatever the number of workers.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -169,9 +170,7 @@ def _stage_unit(unit: Unit, number: int, out: Path, keep_instructions: bool, max
             for piece, triplets in enumerate(_pieces(rows, unit, rejects, reject_file)):
                 counts.update(_stage_piece(triplets, staging / f"unit-{number:05d}-{piece:05d}"))
         keys = ("rows", "texts", "occurrences")
-        write_json(
-            report_file, {**{k: counts[k] for k in keys}, "rejected": rejects.total(), "rejects": dict(rejects)}
-        )
+        write_json(report_file, {**{k: counts[k] for k in keys}, "rejected": rejects.total(), "rejects": dict(rejects)})
     return {"report": report_file.read_text()}
 
 
@@ -217,10 +216,11 @@ def _stage_piece(triplets: list[Triplet], stem: Path) -> dict[str, int]:
     )
     pq.write_table(rows, f"{stem}.rows", compression="zstd")
     ordered = sorted(texts)
-    table = pa.table({"key": pa.array(ordered, binary), "text": pa.array([texts[k] for k in ordered], pa.large_string())})
+    values = pa.array([texts[k] for k in ordered], pa.large_string())
+    table = pa.table({"key": pa.array(ordered, binary), "text": values})
     starts = np.searchsorted([k[0] for k in ordered], np.arange(0, 257, 256 // _BUCKETS))
     with pq.ParquetWriter(f"{stem}.texts", table.schema, compression="zstd") as writer:
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+        for start, stop in itertools.pairwise(starts.tolist()):
             writer.write_table(table.slice(start, stop - start))  # an empty group too: groups are found by number
     occurrences = sum(2 + len(t.negatives) for t in triplets)
     return {"rows": len(triplets), "texts": len(texts), "occurrences": occurrences}
@@ -310,7 +310,8 @@ def _number_rows(recipe: Recipe, units: int, out: Path) -> list[str]:
     import ray
 
     pieces = sorted((out / "staging").glob("unit-*.rows"))
-    tasks = sorted({t for piece in pieces for t in pc.unique(pq.read_table(piece, columns=["task"])["task"]).to_pylist()})
+    columns = [pq.read_table(piece, columns=["task"])["task"] for piece in pieces]
+    tasks = sorted({task for column in columns for task in pc.unique(column).to_pylist()})
 
     def number(item: dict[str, Any]) -> dict[str, Any]:
         i = int(item["piece"])

@@ -54,7 +54,8 @@ class Triplets:
         starts, stops = self.negative_starts[rows], self.negative_starts[rows + 1]
         counts = stops - starts
         offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self.negatives[np.repeat(starts, counts) + offsets]
+        found: npt.NDArray[np.int64] = self.negatives[np.repeat(starts, counts) + offsets]
+        return found
 
     def texts_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Sorted distinct text ids of `rows`."""
@@ -133,7 +134,8 @@ class Shards:
             here = blocks == block
             table = self._blocks[block]["guide"].flatten().to_numpy().reshape(-1, dim)
             out[here] = table[ids[here] - self._starts[block]]
-        return out / np.linalg.norm(out, axis=1, keepdims=True)
+        out /= np.linalg.norm(out, axis=1, keepdims=True)
+        return out
 
     def text(self, text_id: int) -> str:
         """The exact text of an id."""
@@ -180,7 +182,7 @@ def read_keys(directory: Path) -> npt.NDArray[np.bytes_]:
 
 
 def keys_to_numpy(column: Any) -> npt.NDArray[np.bytes_]:
-    """Arrow `binary(16)` to numpy S16. Comparison pads with zero bytes, so order and equality stay those of the bytes."""
+    """Arrow `binary(16)` to numpy S16, whose order and equality are those of the bytes: it pads with zeros."""
     buffer = column.buffers()[1]
     start = column.offset * KEY_BYTES
     return np.frombuffer(buffer, f"S{KEY_BYTES}")[start // KEY_BYTES :][: len(column)]

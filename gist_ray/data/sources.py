@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import itertools
 import json
@@ -170,11 +169,19 @@ def _matching_files(path: str) -> list[Path]:
     if place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.is_file() and _kind(file, None))
     else:
-        files = sorted(Path(match) for match in glob.glob(str(place), recursive=True) if Path(match).is_file())
+        files = sorted(match for match in _glob(place) if match.is_file())
     if not files:
         known = ", ".join(sorted(_SUFFIXES))
         raise InputError(f"source {path} does not exist or holds no data file; give a file, folder or glob of {known}")
     return [file.absolute() for file in files]
+
+
+def _glob(pattern: Path) -> Iterator[Path]:
+    """What a path with wildcards matches; without any, the path itself."""
+    fixed = next((i for i, part in enumerate(pattern.parts) if set(part) & set("*?[")), None)
+    if fixed is None:
+        return iter([pattern])
+    return Path(*pattern.parts[:fixed]).glob(str(Path(*pattern.parts[fixed:])))
 
 
 def _kind(file: Path, default: str | None = "") -> str:
@@ -267,8 +274,9 @@ def _read_jsonl(stream: BinaryIO) -> Iterator[Any]:
 
 def _read_csv(stream: BinaryIO) -> Iterator[Any]:
     csv.field_size_limit(_CSV_CELL_LIMIT)
-    lines = (line.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape")
-             for number, line in enumerate(stream))  # a bad byte becomes a surrogate, which rejects its row alone
+    lines = (
+        line.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape") for number, line in enumerate(stream)
+    )  # a bad byte becomes a surrogate, which rejects its row alone
     reader = csv.reader(lines, strict=False)
     header = next(reader, None)
     if header is None:

@@ -207,4 +207,3 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
             except ValueError:
                 break
     return lines
-

@@ -50,8 +50,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     if not (run_dir / run_name).exists():
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
     total_steps = count_steps(Shards.open(shards_dir), recipe)
-    log.info("train: %d steps of %d triplets on %d workers", total_steps, recipe.train.batch_size,
-             recipe.cluster.num_workers)
+    log.info(
+        "train: %d steps of %d triplets on %d workers", total_steps, recipe.train.batch_size, recipe.cluster.num_workers
+    )
     with connected(recipe.cluster), _progress(run_dir / "metrics.jsonl", total_steps):
         checkpoint = _fit(recipe, shards_dir, run_dir, run_name)
         shutil.rmtree(out, ignore_errors=True)

@@ -52,8 +52,12 @@ def test_shards_hold_every_row_and_each_text_once(shards: Path, verse_rows):
     triplets = opened.triplets
     expected = [(r["query"], r["pos"], [r["neg"]], r["task_name"]) for r in verse_rows]
     found = [
-        (opened.text(q), opened.text(p), [opened.text(n) for n in triplets.negatives_of(np.array([i]))],
-         opened.tasks[triplets.task[i]])
+        (
+            opened.text(q),
+            opened.text(p),
+            [opened.text(n) for n in triplets.negatives_of(np.array([i]))],
+            opened.tasks[triplets.task[i]],
+        )
         for i, (q, p) in enumerate(zip(triplets.query, triplets.positive, strict=True))
     ]
     assert found == expected
@@ -76,15 +80,15 @@ def test_tokens_and_guide_vectors_are_those_of_the_models(shards: Path, tiny_mod
     guide = opened.guide(ids)
     np.testing.assert_allclose(guide, Encoder.load(tiny_model).encode(texts), atol=2e-3)  # stored fp16
     np.testing.assert_allclose(np.linalg.norm(guide, axis=1), 1, atol=1e-6)
-    assert opened.manifest["truncated_texts"] == int(
-        sum(len(row) > 32 for row in student.tokenize([opened.text(i) for i in range(opened.num_texts)], truncate=False))
-    )
+    whole = student.tokenize([opened.text(i) for i in range(opened.num_texts)], truncate=False)
+    assert opened.manifest["truncated_texts"] == sum(len(row) > 32 for row in whole)
 
 
 def test_rejects_are_kept_with_their_reason(shards: Path):
     lines = [json.loads(line) for file in (shards / "rejects").iterdir() for line in file.read_text().splitlines()]
     assert [(line["row"], line["reason"]) for line in lines] == [
-        (0, "query is not a string (int)"), (1, "pos equals query"),
+        (0, "query is not a string (int)"),
+        (1, "pos equals query"),
     ]
     manifest = Shards.open(shards).manifest
     assert manifest["rows_read"] == manifest["triplets"] + 2
@@ -101,7 +105,7 @@ def test_a_finished_stage_returns_at_once_and_another_making_is_refused(shards: 
     before = {file: file.stat().st_mtime_ns for file in shards.rglob("*")}
     assert prepare(recipe(source, tiny_model, out)) == shards
     assert {file: file.stat().st_mtime_ns for file in shards.rglob("*")} == before
-    with pytest.raises(InputError, match="guide.max_tokens: 64 -> 48"):
+    with pytest.raises(InputError, match=r"guide\.max_tokens: 64 -> 48"):
         prepare(recipe(source, tiny_model, out, guide={"path": str(tiny_model), "max_tokens": 48}))
 
 

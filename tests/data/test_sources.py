@@ -12,12 +12,12 @@ from gist_ray.errors import InputError
 
 ROWS = [
     {"query": "q1", "pos": "p1", "neg": "n1", "task_name": "t"},
-    {"query": "q2, \"quoted\"\nline", "pos": "päö ☕", "neg": None, "task_name": "t"},
+    {"query": 'q2, "quoted"\nline', "pos": "päö ☕", "neg": None, "task_name": "t"},
     {"query": "q3", "pos": "p3", "neg": "n3", "task_name": "u"},
 ]
 EXPECTED = [
     Triplet("q1", "p1", ("n1",), "t"),
-    Triplet("q2, \"quoted\"\nline", "päö ☕", (), "t"),
+    Triplet('q2, "quoted"\nline', "päö ☕", (), "t"),
     Triplet("q3", "p3", ("n3",), "u"),
 ]
 
@@ -37,8 +37,12 @@ def write(file: Path, rows=ROWS) -> Path:
             writer.writerows(rows)
     else:
         pairs = [
-            {"query": ["Find:", r["query"]], "pos": ["Doc:", r["pos"]], "task_name": r["task_name"],
-             "neg": r["neg"] and ["Doc:", r["neg"]]}
+            {
+                "query": ["Find:", r["query"]],
+                "pos": ["Doc:", r["pos"]],
+                "task_name": r["task_name"],
+                "neg": r["neg"] and ["Doc:", r["neg"]],
+            }
             for r in rows
         ]
         file.write_text(json.dumps(pairs))
@@ -127,11 +131,12 @@ def test_bad_lines_lose_no_good_row(tmp_path: Path):
     assert [row for row in rows if isinstance(row, Triplet)] == [EXPECTED[0], EXPECTED[2]]
     assert [row.reason for row in rows if isinstance(row, Reject)] == ["line is not valid JSON", "not UTF-8"]
 
-    (tmp_path / "b.csv").write_bytes("\ufeffquery,pos\nq,p\nonly one\nb\ud800".encode("utf-8", "surrogatepass") + b",p\nr,s\n")
+    (tmp_path / "b.csv").write_bytes(b"\xef\xbb\xbfquery,pos\nq,p\nonly one\nb\xed\xa0\x80,p\nr,s\n")
     rows = read(tmp_path / "b.csv")
     assert [row.query for row in rows if isinstance(row, Triplet)] == ["q", "r"]
     assert [row.reason for row in rows if isinstance(row, Reject)] == [
-        "row has 1 cells, the header 2", "query is not valid Unicode",
+        "row has 1 cells, the header 2",
+        "query is not valid Unicode",
     ]
 
     whole = json.dumps([{"query": ["i", "q"], "pos": ["i", "p"]}] * 3)

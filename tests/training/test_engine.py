@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ def test_the_learning_rate_warms_up_and_decays(schedule: str):
     assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert max(factors) == 1.0 and min(factors) >= 0
     assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.0)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_no_warm_up_starts_at_the_peak():

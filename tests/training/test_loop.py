@@ -1,6 +1,5 @@
 """N workers compute the loss and the gradients of one: real process groups, real shards, a real (tiny) model."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,17 @@ def recipe(tiny_model: Path, verse_rows, tmp_path_factory: pytest.TempPathFactor
 
     folder = tmp_path_factory.mktemp("loop")
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in verse_rows[:80]))
-    return parse_recipe({
-        "name": "run", "output_dir": str(folder), "data": {"sources": [{"path": str(folder / "a.jsonl")}]},
-        "student": {"path": str(tiny_model)}, "guide": {"path": str(tiny_model)},
-        "train": {"batch_size": 16, "epochs": 2}, "loss": {"temperature": 0.05},
-    })
+    return parse_recipe(
+        {
+            "name": "run",
+            "output_dir": str(folder),
+            "data": {"sources": [{"path": str(folder / "a.jsonl")}]},
+            "student": {"path": str(tiny_model)},
+            "guide": {"path": str(tiny_model)},
+            "train": {"batch_size": 16, "epochs": 2},
+            "loss": {"temperature": 0.05},
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -137,4 +142,4 @@ def test_metrics_after_the_checkpoint_are_taken_back(tmp_path: Path):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     MetricsLog(tmp_path, 0).close()
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    assert any(name.startswith("events") for name in os.listdir(tmp_path / "tensorboard"))
+    assert any(file.name.startswith("events") for file in (tmp_path / "tensorboard").iterdir())

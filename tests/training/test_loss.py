@@ -15,6 +15,7 @@ from gist_ray.training.loss import Candidates, guided_contrastive_loss
 
 def paper_loss(student: dict[str, np.ndarray], guide: dict[str, np.ndarray], temperature: float) -> np.ndarray:
     """Equation of arXiv 2402.16829 as stated in its released code, row by row, float64. Rows [B]."""
+
     def cos(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
@@ -147,7 +148,8 @@ def test_hiding_everything_gives_zero_loss_and_finite_gradients():
     if unhidden == 0:
         assert result.loss.abs().max() == 0
     all_hidden = guided_contrastive_loss(
-        *[Candidates(p.student, torch.ones_like(p.guide), p.ids) for p in parts], torch.arange(4),
+        *[Candidates(p.student, torch.ones_like(p.guide), p.ids) for p in parts],
+        torch.arange(4),
         LossConfig(margin=0.5),
     )
     assert all_hidden.loss.abs().max() == 0

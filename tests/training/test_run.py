@@ -51,7 +51,13 @@ def test_two_workers_lower_the_loss(trained: Recipe):
     losses = [line["loss"] for line in lines]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
     assert set(lines[0]) == {
-        "step", "total_steps", "learning_rate", "loss", "masked_share", "examples_per_s", "tokens_per_s",
+        "step",
+        "total_steps",
+        "learning_rate",
+        "loss",
+        "masked_share",
+        "examples_per_s",
+        "tokens_per_s",
     }
     assert max(line["masked_share"] for line in lines) > 0
     assert lines[0]["learning_rate"] < lines[2]["learning_rate"] == pytest.approx(1e-3, rel=0.1)

@@ -1,0 +1,274 @@
+"""Report: data to one self-contained HTML page. Pure functions, no scripts, no outside assets.
+
+Every function returns a piece of HTML; texts are escaped here and nowhere else. Colours follow the reader's
+light or dark setting. The pages are well-formed XML too, so that tests (and other programs) can parse them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+Cell = str | int | float | None
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f7f8fa; --card: #ffffff; --line: #e1e5ea; --text: #1b2330;
+  --soft: #5c6878; --before: #a9b4c2; --after: #2f6fde; --up: #15803d; --down: #b42318; }
+@media (prefers-color-scheme: dark) { :root { --page: #10141a; --card: #181e26; --line: #2b3441;
+  --text: #e6eaf0; --soft: #98a4b5; --before: #596575; --after: #6ea2ff; --up: #4ade80; --down: #ff8a7a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 960px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 26px; line-height: 1.25; margin: 0 0 6px; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 0 0 12px; }
+p { margin: 0 0 12px; } .intro { color: var(--soft); margin-bottom: 24px; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
+  margin: 0 0 16px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+  margin: 0 0 16px; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
+.tile b { display: block; font-size: 25px; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: 13px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); }
+th, td { vertical-align: top; }
+td { overflow-wrap: break-word; max-width: 460px; }
+tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; font-size: 13px; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 8px 24px; }
+figure { margin: 0; } figcaption { font-weight: 600; font-size: 13px; }
+figcaption span { color: var(--soft); font-weight: 400; }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
+svg .soft { fill: var(--soft); } svg .up { fill: var(--up); } svg .down { fill: var(--down); }
+svg .before { fill: var(--before); } svg .after { fill: var(--after); } svg .grid { stroke: var(--line); }
+svg .faint { stroke: var(--after); stroke-opacity: .3; } svg .curve { stroke: var(--after); stroke-width: 2; }
+svg polyline { fill: none; stroke-linejoin: round; }
+"""
+
+_BARS_WIDTH, _BARS_START, _BARS_END = (
+    820,
+    230,
+    690,
+)  # bars lie between; names to the left, numbers to the right
+_CURVES = (
+    ("loss", "loss", ""),
+    ("masked_share", "negatives hidden by the guide", "share"),
+    ("learning_rate", "learning rate", ""),
+    ("tokens_per_s", "throughput", "tokens/s"),
+)
+
+
+def render_report(title: str, intro: str, sections: Sequence[str]) -> str:
+    """A whole page from pieces made by the other functions.
+
+    Args:
+        title: plain text.
+        intro: plain text, one paragraph under the title.
+        sections: HTML from `section`, `tiles` and the rest, in order.
+    """
+    body = "\n".join(sections)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>{escape(title)}</title><style>{_STYLE}</style></head>
+<body><main><h1>{escape(title)}</h1><p class="intro">{escape(intro)}</p>
+{body}
+</main></body></html>
+"""
+
+
+def section(heading: str, *pieces: str) -> str:
+    """A card with a heading around pieces of HTML."""
+    return f"<section><h2>{escape(heading)}</h2>{''.join(pieces)}</section>"
+
+
+def paragraph(text: str) -> str:
+    """Plain text as a paragraph."""
+    return f"<p>{escape(text)}</p>"
+
+
+def tiles(items: Sequence[tuple[str, str, str]]) -> str:
+    """The few numbers to read first: (name, value, remark) each."""
+    cells = [
+        f"<span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(remark)}</span>"
+        for name, value, remark in items
+    ]
+    return '<div class="tiles">' + "".join(f'<div class="tile">{cell}</div>' for cell in cells) + "</div>"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    """A table. Columns of numbers are aligned right; floats get two decimals, None is a dash.
+
+    Raises:
+        ValueError: a row with more or fewer cells than there are headers.
+    """
+    if any(len(row) != len(headers) for row in rows):
+        raise ValueError(f"a row has not {len(headers)} cells, one for each of {list(headers)}")
+    numeric = [
+        any(_is_number(row[i]) for row in rows) and all(row[i] is None or _is_number(row[i]) for row in rows)
+        for i in range(len(headers))
+    ]
+
+    def line(tag: str, cells: Sequence[Cell]) -> str:
+        marks = [' class="number"' if right else "" for right in numeric]
+        pairs = zip(cells, marks, strict=True)
+        return "<tr>" + "".join(f"<{tag}{mark}>{escape(_cell(cell))}</{tag}>" for cell, mark in pairs) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f'<div class="scroll"><table><thead>{line("th", headers)}</thead><tbody>{body}</tbody></table></div>'
+
+
+def bars_before_after(rows: Sequence[tuple[str, float | None, float]]) -> str:
+    """Horizontal bars from zero: (name, before or None, after) each, with the difference."""
+    if not rows:
+        return paragraph("nothing to show")
+    paired = any(before is not None for _, before, _ in rows)
+    scale = (_BARS_END - _BARS_START) / (max(max(after, before or 0.0) for _, before, after in rows) or 1.0)
+    height = 44 if paired else 28
+    parts = [_bar_group(row, height * i, height, scale, paired) for i, row in enumerate(rows)]
+    bottom = height * len(rows)
+    if paired:
+        parts += [
+            f'<rect x="{x}" y="{bottom + 6}" width="10" height="10" rx="2" class="{kind}"/>'
+            f'<text x="{x + 16}" y="{bottom + 15}" class="soft">{kind}</text>'
+            for x, kind in ((_BARS_START, "before"), (_BARS_START + 80, "after"))
+        ]
+        bottom += 24
+    return _svg(_BARS_WIDTH, bottom, f"bars of {len(rows)} scores", "".join(parts))
+
+
+def line_chart(
+    title: str,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    unit: str = "",
+    *,
+    x_name: str = "step",
+    smooth: bool = True,
+) -> str:
+    """A curve with axes.
+
+    Args:
+        title: what is drawn.
+        xs: ascending positions, `[n]`.
+        ys: values, `[n]`; points that are not finite are left out.
+        unit: of `ys`.
+        x_name: what `xs` counts.
+        smooth: draw long series as a smoothed line over the faint raw one.
+    """
+    points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
+    caption = f"<figcaption>{escape(title)} <span>{escape(unit)}</span></figcaption>"
+    if not points:
+        return f"<figure>{caption}{paragraph('no data')}</figure>"
+    width, height, left, bottom, pad = 420, 200, 56, 24, 10
+    y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
+    x_low, x_high = points[0][0], max(points[-1][0], points[0][0] + 1)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low)
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + across * (width - left - pad), pad + (1 - up) * (height - bottom - pad)
+
+    parts = []
+    for tick in y_ticks:
+        y = place(x_low, tick)[1]
+        parts.append(f'<line x1="{left}" x2="{width - pad}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" class="soft">{_short(tick)}</text>')
+    parts.append(f'<text x="{left}" y="{height - 6}" class="soft">{_short(x_low)}</text>')
+    end = f"{escape(x_name)} {_short(points[-1][0])}"
+    parts.append(f'<text x="{width - pad}" y="{height - 6}" text-anchor="end" class="soft">{end}</text>')
+    raw = [place(x, y) for x, y in points]
+    means = _smoothed([y for _, y in points])
+    curve = [place(x, y) for (x, _), y in zip(points, means, strict=True)] if smooth else raw
+    if len(points) == 1:
+        parts.append(f'<circle cx="{raw[0][0]:.1f}" cy="{raw[0][1]:.1f}" r="3" class="after"/>')
+    else:
+        parts.append(_polyline(raw, "faint") + _polyline(curve, "curve"))
+    name = f"{title}: {_short(points[0][1])} at first, {_short(points[-1][1])} at last"
+    return f"<figure>{caption}{_svg(width, height, name, ''.join(parts))}</figure>"
+
+
+def training_curves(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Charts of what training logged: one mapping a step, with `step` and any of the known measures."""
+    charts = []
+    for key, title, unit in _CURVES:
+        points = [(row["step"], row[key]) for row in metrics if key in row and "step" in row]
+        if points:
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            charts.append(line_chart(title, xs, ys, unit, smooth=key != "learning_rate"))
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else paragraph("no metrics were logged")
+
+
+def _bar_group(row: tuple[str, float | None, float], top: int, height: int, scale: float, paired: bool) -> str:
+    """Name, one or two bars and the difference."""
+    name, before, after = row
+    middle, label = top + height // 2, escape(_clip(name, 34))
+    parts = [f'<text x="{_BARS_START - 10}" y="{middle + 3}" text-anchor="end">{label}</text>']
+    values = [("before", before), ("after", after)] if paired else [("after", after)]
+    parts += [_bar(top + 5 + 17 * i, scale, kind, name, value) for i, (kind, value) in enumerate(values)]
+    if before is not None:
+        gain = after - before
+        tone = "up" if gain > 0 else "down" if gain < 0 else "soft"
+        place = f'x="{_BARS_WIDTH - 4}" y="{middle + 3}" text-anchor="end"'
+        parts.append(f'<text {place} class="{tone}">{gain:+.2f}</text>')
+    return "".join(parts)
+
+
+def _bar(y: int, scale: float, kind: str, name: str, value: float | None) -> str:
+    if value is None:
+        return f'<text x="{_BARS_START + 4}" y="{y + 11}" class="soft">not measured</text>'
+    length = max(1.0, value * scale)
+    hover = f"<title>{escape(name)}, {kind}: {value:.2f}</title>"
+    box = f'x="{_BARS_START}" y="{y}" width="{length:.1f}" height="14"'
+    number = f'<text x="{_BARS_START + length + 6:.1f}" y="{y + 11}" class="soft">{value:.2f}</text>'
+    return f'<rect {box} rx="3" class="{kind}">{hover}</rect>{number}'
+
+
+def _svg(width: float, height: float, name: str, inner: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(name)}" '
+        f'xmlns="http://www.w3.org/2000/svg">{inner}</svg>'
+    )
+
+
+def _polyline(points: Sequence[tuple[float, float]], kind: str) -> str:
+    return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Mean over a window of a twentieth of the series; short series stay as they are."""
+    reach = len(values) // 40
+    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers from at most `low` to at least `high`."""
+    span = high - low if high > low else abs(high) or 1.0
+    magnitude = 10.0 ** math.floor(math.log10(span / count))
+    step = next(magnitude * factor for factor in (1, 2, 2.5, 5, 10) if magnitude * factor * count >= span * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _is_number(value: Cell) -> bool:
+    return isinstance(value, int | float)
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

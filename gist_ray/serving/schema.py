@@ -1,0 +1,198 @@
+"""Schema: what may be asked, and the numbers that bound it.
+
+Unknown fields are refused: a misspelt `dimension`, ignored, would answer with wrong vectors. Fields that
+common clients send without effect here (`user`) are listed as such.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+"""Largest request body."""
+MAX_TEXTS = 2048
+"""Most texts in one request, as OpenAI."""
+
+STATUS_OF_PROBLEM = {"empty_input": 400, "token_ids": 400, "too_many_texts": 413}
+"""Our own validation problems that are not 422."""
+
+
+def _texts(value: Any) -> list[str]:
+    """A string or a list of strings, as a list; everything else is explained."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list):
+        raise PydanticCustomError("not_texts", "must be a string or a list of strings")
+    if not texts:
+        raise PydanticCustomError("empty_input", "is empty; give at least one text")
+    if len(texts) > MAX_TEXTS:
+        raise PydanticCustomError(
+            "too_many_texts",
+            "has {count} texts and the limit is {limit}; split the request",
+            {"count": len(texts), "limit": MAX_TEXTS},
+        )
+    for index, text in enumerate(texts):
+        _check_text(index, text)
+    return texts
+
+
+def _check_text(index: int, text: Any) -> None:
+    where = {"index": index}
+    number = text[0] if isinstance(text, list) and text else text
+    if isinstance(number, int) and not isinstance(number, bool):
+        raise PydanticCustomError(
+            "token_ids",
+            "holds token ids at index {index}; this server takes text, as ids of another tokenizer would be "
+            "read as other words. With langchain's OpenAIEmbeddings set check_embedding_ctx_length=False",
+            where,
+        )
+    if not isinstance(text, str):
+        raise PydanticCustomError("not_text", "must hold strings only, and item {index} is none", where)
+    if not text:
+        raise PydanticCustomError("empty_input", "holds an empty text at index {index}; leave it out", where)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "not_unicode", "is not valid Unicode at index {index}: it holds half of a surrogate pair", where
+        ) from None
+
+
+class ApiError(Exception):
+    """An answer other than 2xx. `param` is the field at fault, `code` a word for programs."""
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers: dict[str, str] = {}
+
+
+def error_text(error: ApiError) -> str:
+    """The OpenAI error object as JSON, in ASCII: a message may quote a field name that is no Unicode."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = "server_error" if error.status >= 500 else kinds.get(error.status, "invalid_request_error")
+    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    return json.dumps({"error": body})
+
+
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
+_LIST_SCHEMA = {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1, "maxItems": MAX_TEXTS}
+Texts = Annotated[list[str], BeforeValidator(_texts), WithJsonSchema({"anyOf": [_TEXT_SCHEMA, _LIST_SCHEMA]})]
+Dimensions = Annotated[StrictInt, Field(ge=1)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OpenAIRequest(_Request):
+    """`POST /v1/embeddings`."""
+
+    input: Texts
+    model: StrictStr | None = None
+    """The served id; None: the one model there is."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """None: float. base64: little-endian float32."""
+    dimensions: Dimensions | None = None
+    """Keep the first so many numbers, then bring the vector back to unit length."""
+    user: StrictStr | None = None
+    """Accepted and not used."""
+    prompt_name: StrictStr | None = None
+    """Extension: which of the model's prompts to put before each text."""
+    truncate: StrictBool = True
+    """Extension. True: a text over the model's limit is cut. False: it is refused."""
+
+
+class TeiRequest(_Request):
+    """`POST /embed` and `POST /`, as text-embeddings-inference."""
+
+    inputs: Texts
+    normalize: StrictBool | None = None
+    """False: a vector cut by `dimensions` keeps its shorter length. Uncut vectors are unit vectors anyway."""
+    prompt_name: StrictStr | None = None
+    truncate: StrictBool | None = None
+    """None: as true."""
+    truncation_direction: Literal["Right", "right"] | None = None
+    """Only the end of a text can be cut."""
+    dimensions: Dimensions | None = None
+
+
+class ErrorBody(BaseModel):
+    """The OpenAI error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not 2xx."""
+
+    error: ErrorBody
+
+
+class OpenAIEmbedding(BaseModel):
+    """One vector: an array of floats, or base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    """Tokens that the model read, special tokens included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class OpenAIResponse(BaseModel):
+    """Documents the answer; the server writes it from the vectors, without a Python object per number."""
+
+    object: Literal["list"]
+    data: list[OpenAIEmbedding]
+    model: str
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """One served model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """`GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Info(BaseModel):
+    """`GET /info`, with the field names of text-embeddings-inference."""
+
+    model_id: str
+    model_dtype: str
+    max_input_length: int
+    max_batch_tokens: int
+    max_client_batch_size: int
+    auto_truncate: bool
+    version: str
+    dim: int
+    prompts: list[str]
