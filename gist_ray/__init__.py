@@ -1,1 +1,62 @@
-"""gist-ray: from text triplets to a served embedding model on a Ray cluster."""
+"""gist-ray: from text triplets to a served embedding model on a Ray cluster.
+
+Every verb of the command line is a function here. They are imported when they are first used, so that
+`import gist_ray` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gist_ray.config import Recipe, load_recipe
+    from gist_ray.data.prepare import prepare
+    from gist_ray.encoder import Encoder
+    from gist_ray.errors import InputError
+    from gist_ray.evaluation.run import evaluate
+    from gist_ray.model_folder import export
+    from gist_ray.preflight import check
+    from gist_ray.serving.app import serve, serve_model
+    from gist_ray.tour import quickstart
+    from gist_ray.training.run import train
+
+__all__ = [
+    "Encoder",
+    "InputError",
+    "Recipe",
+    "check",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "prepare",
+    "quickstart",
+    "serve",
+    "serve_model",
+    "train",
+]
+
+_HOMES = {
+    "Encoder": "encoder",
+    "InputError": "errors",
+    "Recipe": "config",
+    "check": "preflight",
+    "evaluate": "evaluation.run",
+    "export": "model_folder",
+    "load_recipe": "config",
+    "prepare": "data.prepare",
+    "quickstart": "tour",
+    "serve": "serving.app",
+    "serve_model": "serving.app",
+    "train": "training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gist_ray' has no attribute {name!r}")
+    return getattr(import_module(f"gist_ray.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

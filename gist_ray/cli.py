@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> str:
-    from gist_ray.check import check
+    from gist_ray.preflight import check
 
     return check(_recipe(arguments))
 
@@ -68,7 +68,7 @@ def _train(arguments: argparse.Namespace) -> Path:
 
 
 def _export(arguments: argparse.Namespace) -> Path:
-    from gist_ray.export import export
+    from gist_ray.model_folder import export
 
     return export(arguments.checkpoint, arguments.out, report=arguments.report)
 
@@ -105,7 +105,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _quickstart(arguments: argparse.Namespace) -> Path:
-    from gist_ray.quickstart import quickstart
+    from gist_ray.tour import quickstart
 
     return quickstart(arguments.out, say=lambda line: print(line, file=sys.stderr, flush=True))
 

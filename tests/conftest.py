@@ -68,7 +68,7 @@ def tiny_model(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def verse_rows() -> list[dict[str, str | None]]:
     """Real triplet rows: aligned verses of two translations, the next verse as negative."""
-    from gist_ray.quickstart import read_verses
+    from gist_ray.tour import read_verses
 
     verses = read_verses()[:601]
     return [

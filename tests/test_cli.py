@@ -99,12 +99,12 @@ def test_a_non_string_cell_is_a_counted_reject_in_a_readable_message(
 def test_a_failure_while_running_is_exit_code_1(
     recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    import gist_ray.check
+    import gist_ray.preflight
 
     def broken(recipe):
         raise RuntimeError("first line\nthe disk is on fire")
 
-    monkeypatch.setattr(gist_ray.check, "check", broken)
+    monkeypatch.setattr(gist_ray.preflight, "check", broken)
     assert main(["check", str(recipe_file)]) == 1
     assert "check failed: RuntimeError: the disk is on fire" in capsys.readouterr().err
 

@@ -25,8 +25,8 @@ from gist_ray.errors import InputError
 from gist_ray.evaluation import report
 from gist_ray.evaluation.compare import Interval, paired_bootstrap, paired_items
 from gist_ray.evaluation.run import evaluate, ndcg_at_10_per_query
-from gist_ray.export import export
 from gist_ray.manifest import finished, read_manifest, write_json, write_manifest
+from gist_ray.model_folder import export
 from gist_ray.serving.app import API_KEYS_VARIABLE, Endpoint, serve_model
 from gist_ray.training.loop import read_metrics
 from gist_ray.training.run import train
@@ -138,10 +138,12 @@ def write_data(verses: list[Verse], folder: Path) -> None:
     if finished(folder, "quickstart data", made_from):
         return
     generator = np.random.default_rng(_SEED)
+    held_out = [verse for verse in verses if verse.book in _HELD_OUT_BOOKS]
+    unseen = {text for verse in held_out for text in (verse.web, verse.ylt)}  # a few sentences recur in other books
     usable = [
         verse
         for verse in verses
-        if verse.book not in _HELD_OUT_BOOKS and max(len(verse.web), len(verse.ylt)) <= _MAX_TRAINING_CHARS
+        if not {verse.web, verse.ylt} & unseen and max(len(verse.web), len(verse.ylt)) <= _MAX_TRAINING_CHARS
     ]
     chosen = generator.choice(len(usable), _TRAINING_PAIRS, replace=False)
     rows = [{"query": usable[i].web, "pos": usable[i].ylt, "neg": None, "task_name": "verses"} for i in sorted(chosen)]
@@ -150,7 +152,6 @@ def write_data(verses: list[Verse], folder: Path) -> None:
     with (folder / "triplets.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
 
-    held_out = [verse for verse in verses if verse.book in _HELD_OUT_BOOKS]
     asked = [held_out[i] for i in sorted(generator.choice(len(held_out), _QUERIES, replace=False))]
     _write_rows(task / "corpus.jsonl.gz", [{"_id": f"y{v.verse_id}", "title": "", "text": v.ylt} for v in held_out])
     _write_rows(task / "queries.jsonl.gz", [{"_id": f"w{v.verse_id}", "text": v.web} for v in asked])

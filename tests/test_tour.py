@@ -9,7 +9,7 @@ import pytest
 
 from gist_ray.config import load_recipe
 from gist_ray.errors import InputError
-from gist_ray.quickstart import quickstart_recipe, read_verses, write_data
+from gist_ray.tour import quickstart_recipe, read_verses, write_data
 
 
 def test_training_texts_and_held_out_books_do_not_meet(tmp_path: Path):
@@ -36,9 +36,9 @@ def test_the_recipe_is_the_shipped_one_with_paths(tmp_path: Path):
 
 
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
-    import gist_ray.quickstart
+    import gist_ray.tour
 
-    monkeypatch.setattr(gist_ray.quickstart, "_PACKAGES", ("pythonbible_klingon",))
+    monkeypatch.setattr(gist_ray.tour, "_PACKAGES", ("pythonbible_klingon",))
     with pytest.raises(InputError, match=r'pip install "gist-ray\[quickstart\]"'):
         read_verses()
 
