@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -44,27 +45,37 @@ def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_whole_road(tmp_path: Path):
     """As a newcomer runs it: exit 0, a gain that is there, nothing left running, and a second run that is quick."""
-    command = [sys.executable, "-m", "gist_ray.cli", "quickstart", "--out", str(tmp_path / "out")]
-    environment = os.environ | {"GIST_RAY_TEST_MARK": str(tmp_path)}
-    first = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    command = [sys.executable, "-m", "gist_ray.cli", "quickstart"]
+    options = {"text": True, "cwd": tmp_path, "env": os.environ | {"GIST_RAY_TEST_MARK": str(tmp_path)}}
+    out = tmp_path / "gist-ray-quickstart"
+    first = subprocess.run(command, capture_output=True, timeout=900, **options)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert first.stdout == f"{tmp_path / 'out' / 'report.html'}\n"
-    facts = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert first.stdout == f"{out / 'report.html'}\n"
+    facts = json.loads((out / "report.json").read_text())
     gain = facts["metrics"]["ndcg_at_10"]
     assert 0 < gain["ci95"][0] < gain["after"] - gain["before"] < gain["ci95"][1]
     assert facts["masked_share"] > 0 and len(facts["answers"]) == 3
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     assert f"{gain['after']:.4f}" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert _left_running(str(tmp_path)) == []
 
     started = time.monotonic()
-    second = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    second = subprocess.run(command, capture_output=True, timeout=300, **options)
     assert second.returncode == 0, second.stderr[-3000:]
     assert time.monotonic() - started < 120
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == facts["metrics"]
+    assert json.loads((out / "report.json").read_text())["metrics"] == facts["metrics"]
     assert _left_running(str(tmp_path)) == []
+
+    # The README's snippet, word for word, on the model that this left behind.
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    [snippet] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    printed = subprocess.run([sys.executable, "-c", snippet], capture_output=True, timeout=120, **options)
+    assert printed.returncode == 0, printed.stderr[-3000:]
+    scores = [[float(x) for x in row.split()] for row in re.findall(r"[\d. e+-]+(?=\])", printed.stdout)]
+    assert scores[0][1] > scores[0][2] + 0.2 and abs(scores[0][0] - 1) < 1e-3
 
 
 def _left_running(mark: str) -> list[str]:
