@@ -90,7 +90,7 @@ def test_gradients_are_right():
 def test_equals_sentence_transformers_on_real_text(minilm: Path, verse_rows, margin: float, kind: str):
     """Loss and gradients of `GISTEmbedLoss` on texts that do not repeat (with repeats theirs has a known defect)."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import GISTEmbedLoss
+    from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
 
     model = SentenceTransformer(str(minilm), device="cpu").eval()
     rows = verse_rows[:24:2]
