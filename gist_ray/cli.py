@@ -10,9 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gist_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from gist_ray.config import Recipe
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -74,17 +77,20 @@ def _export(arguments: argparse.Namespace) -> Path:
 
 
 def _evaluate(arguments: argparse.Namespace) -> Path:
-    from gist_ray.config import ClusterConfig
+    from gist_ray.config import ClusterConfig, EvaluationConfig
     from gist_ray.evaluation.run import evaluate
 
-    out = arguments.out or Path("reports") / Path(arguments.model).name
+    recipe = _optional_recipe(arguments)
+    config, cluster = (recipe.evaluation, recipe.cluster) if recipe else (EvaluationConfig(), ClusterConfig())
+    chosen = {"data_workers": arguments.workers, "data_threads": arguments.threads}
     return evaluate(
         arguments.model,
-        output_dir=out,
-        tasks=tuple(arguments.tasks),
-        data=arguments.data,
+        output_dir=arguments.out or Path("reports") / Path(arguments.model).name,
+        tasks=tuple(arguments.tasks) or config.tasks,
+        data=arguments.data or config.data,
         baseline=arguments.baseline,
-        cluster=ClusterConfig(data_workers=arguments.workers, data_threads=arguments.threads),
+        cluster=_changed(cluster, chosen),
+        batch_tokens=config.batch_tokens,
     )
 
 
@@ -93,15 +99,22 @@ def _serve(arguments: argparse.Namespace) -> None:
     from gist_ray.serving.app import serve
 
     stdout = arguments.stdout
-
-    config = ServingConfig(host=arguments.host, port=arguments.port, threads=arguments.threads)
+    recipe = _optional_recipe(arguments)
+    config, cluster = (recipe.serving, recipe.cluster) if recipe else (ServingConfig(), ClusterConfig())
+    chosen = {"host": arguments.host, "port": arguments.port, "threads": arguments.threads}
     serve(
         arguments.model,
-        config,
-        ClusterConfig(),
+        _changed(config, chosen),
+        cluster,
         lambda endpoint: print(endpoint.url, file=stdout, flush=True),
         model_id=arguments.model_id,
     )
+
+
+def _changed(section: Any, options: dict[str, Any]) -> Any:
+    """A config section with the options that were given on the command line, validated again."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return type(section)(**(section.model_dump() | given))
 
 
 def _quickstart(arguments: argparse.Namespace) -> Path:
@@ -120,17 +133,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def overrides(sub: argparse.ArgumentParser) -> None:
+        text = "override one value, e.g. --set train.learning_rate=2e-5; may be repeated"
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
+
     def recipe_verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
         sub = verb(name, run, text)
         sub.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
-        sub.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            dest="overrides",
-            help="override one value, e.g. --set train.learning_rate=2e-5; may be repeated",
-        )
+        overrides(sub)
+        return sub
+
+    def model_verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        sub = verb(name, run, text)
+        sub.add_argument("model", help="model folder or Hub id")
+        sub.add_argument("--recipe", help="take the settings of this recipe; options given here go first")
+        overrides(sub)
         return sub
 
     sub = verb("quickstart", _quickstart, "the whole road on real text with a real model, in minutes")
@@ -146,28 +163,34 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", help="new model folder")
     sub.add_argument("--report", help="finished report whose scores go into the model card")
 
-    sub = verb("evaluate", _evaluate, "score a model with MTEB on Ray")
-    sub.add_argument("model", help="model folder or Hub id")
+    sub = model_verb("evaluate", _evaluate, "score a model with MTEB on Ray")
     sub.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="MTEB task names (data from the Hub)")
     sub.add_argument("--data", help="folder of local tasks")
     sub.add_argument("--baseline", help="an earlier report to show scores against")
     sub.add_argument("--out", help="report folder (default: reports/MODEL)")
-    sub.add_argument("--workers", type=int, default=2, help="encoder actors (default: %(default)s)")
-    sub.add_argument("--threads", type=int, default=1, help="threads of each actor (default: %(default)s)")
+    sub.add_argument("--workers", type=int, help="encoder actors (default: 2)")
+    sub.add_argument("--threads", type=int, help="threads of each actor (default: 1)")
 
-    sub = verb("serve", _serve, "serve a model folder over HTTP on this machine until interrupted")
-    sub.add_argument("model", help="model folder or Hub id")
-    sub.add_argument("--host", default="127.0.0.1")
-    sub.add_argument("--port", type=int, default=8000, help="0: a free port (default: %(default)s)")
-    sub.add_argument("--threads", type=int, default=1, help="threads of the model (default: %(default)s)")
+    sub = model_verb("serve", _serve, "serve a model folder over HTTP on this machine until interrupted")
+    sub.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    sub.add_argument("--port", type=int, help="0: a free port (default: 8000)")
+    sub.add_argument("--threads", type=int, help="threads of the model (default: 1)")
     sub.add_argument("--model-id", help="name under which it is served (default: the folder's name)")
     return parser
 
 
-def _recipe(arguments: argparse.Namespace) -> Any:
+def _recipe(arguments: argparse.Namespace) -> Recipe:
     from gist_ray.config import load_recipe
 
     return load_recipe(arguments.recipe, tuple(arguments.overrides))
+
+
+def _optional_recipe(arguments: argparse.Namespace) -> Recipe | None:
+    if arguments.recipe:
+        return _recipe(arguments)
+    if arguments.overrides:
+        raise InputError("--set changes a recipe; give one with --recipe")
+    return None
 
 
 def _complain(message: str, code: int) -> int:

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -119,8 +118,3 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
-
-
-def import_path() -> str:
-    """Folder to put on a worker's PYTHONPATH so that it imports this very gist_ray."""
-    return str(Path(__file__).parent.parent)

@@ -10,6 +10,7 @@ from typing import Any
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, read_manifest, write_json, write_manifest
+from gist_ray.metrics import METRICS
 from gist_ray.training.checkpoint import student_folder
 
 KIND = "model"
@@ -46,6 +47,7 @@ def export(checkpoint: str | Path, out: str | Path, *, report: str | Path | None
         "max_tokens": encoder.max_tokens,
         "scores": scores,
     }
+    shutil.copyfile(checkpoint / METRICS, out / METRICS)  # for the curves in the reports on this model
     write_json(out / PROVENANCE, provenance)
     (out / "README.md").write_text(model_card(recipe["name"], provenance), encoding="utf-8")
     write_manifest(out, KIND, made_from)

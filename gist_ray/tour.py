@@ -26,9 +26,9 @@ from gist_ray.evaluation import report
 from gist_ray.evaluation.compare import Interval, paired_bootstrap, paired_items
 from gist_ray.evaluation.run import evaluate, ndcg_at_10_per_query
 from gist_ray.manifest import finished, read_manifest, write_json, write_manifest
+from gist_ray.metrics import METRICS, read_metrics
 from gist_ray.model_folder import export
 from gist_ray.serving.app import API_KEYS_VARIABLE, Endpoint, serve_model
-from gist_ray.training.loop import read_metrics
 from gist_ray.training.run import train
 
 Say = Callable[[str], None]
@@ -184,7 +184,7 @@ def write_report(out: Path, recipe: Recipe, gain: Gain, answers: list[tuple[str,
     """Write `report.json` and `report.html`, and return the latter's path."""
     shards = read_manifest(recipe.shards_dir())
     assert shards is not None, "prepare returned finished shards"
-    metrics = read_metrics(out / "metrics.jsonl")
+    metrics = read_metrics(out / METRICS)
     interval = [gain.interval.low, gain.interval.high]
     facts = {
         "metrics": {"ndcg_at_10": {"before": gain.before, "after": gain.after, "ci95": interval}},

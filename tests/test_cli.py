@@ -66,6 +66,11 @@ BAD_INPUT = [
     (["serve", "no/such/path/at/all"], "neither an existing folder nor a Hub id"),
     (["serve", "{model}", "--port", "{port}"], "is in use"),
     (["serve", "{model}", "--port", "70000"], "port"),
+    (["serve", "{model}", "--recipe", "{recipe}", "--set", "serving.port={port}"], "is in use"),
+    (["serve", "{model}", "--set", "serving.port=1"], "give one with --recipe"),
+    (["evaluate", "{model}"], "nothing to evaluate on"),
+    (["evaluate", "{model}", "--recipe", "{recipe}", "--set", "evaluation.data={dir}/none"], "none does not exist"),
+    (["prepare", "{recipe}", "--set", "data.sources=[{{path: 'hf://no/such', revision: main}}]"], "from the Hub"),
 ]
 
 

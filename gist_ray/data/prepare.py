@@ -142,10 +142,15 @@ def _read_all(recipe: Recipe, units: list[Unit], out: Path) -> dict[str, Any]:
 
     def read(item: dict[str, Any]) -> dict[str, Any]:
         i = int(item["unit"])
-        return _stage_unit(units[i], i, out, data.keep_instructions, data.max_chars)
+        try:
+            return _stage_unit(units[i], i, out, data.keep_instructions, data.max_chars)
+        except InputError as error:  # as a value: Ray Data would retry it, and bury it in its own error
+            return {"report": json.dumps({"error": str(error)})}
 
     reports = ray.data.from_items([{"unit": i} for i in range(len(units))], override_num_blocks=len(units))
     counts = [json.loads(row["report"]) for row in reports.map(read, num_cpus=1).take_all()]
+    if errors := [count["error"] for count in counts if "error" in count]:
+        raise InputError("; ".join(errors))
     totals: dict[str, Any] = {key: sum(c[key] for c in counts) for key in ("rows", "texts", "occurrences", "rejected")}
     totals["rejects"] = dict(sum((Counter(c["rejects"]) for c in counts), Counter[str]()))
     if not totals["rows"]:

@@ -6,10 +6,13 @@ import csv
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import pyarrow as pa
 
 from gist_ray.config import DataConfig, SourceConfig
 from gist_ray.errors import InputError
@@ -27,6 +30,7 @@ _SUFFIXES = {
 }
 _ROLES = ("query", "pos", "neg")
 _TASK_KEYS = ("task_name", "task_type", "task_id")
+_UNREADABLE = (OSError, EOFError, csv.Error, zlib.error, pa.ArrowException)
 _CSV_CELL_LIMIT = 1 << 27
 
 
@@ -66,17 +70,20 @@ def find_units(data: DataConfig) -> list[Unit]:
     """Resolve the sources of a recipe, in order, and look at the columns of each file.
 
     Raises:
-        InputError: a path that matches nothing, an unknown format, or a file without the required columns.
+        InputError: a path that matches nothing, an unknown format, a Hub dataset that cannot be had, or a file
+            without the required columns.
     """
     units: list[Unit] = []
     for source in data.sources:
         if source.path.startswith("hf://"):
-            units.append(Unit((source.path.removeprefix("hf://"),), "hub", source))
+            name = source.path.removeprefix("hf://")
+            _check_columns(name, "hub", source)
+            units.append(Unit((name,), "hub", source))
             continue
         files = _matching_files(source.path)
         kinds = {_kind(file) for file in files}
         for file in files:
-            _check_columns(file, _kind(file))
+            _check_columns(str(file), _kind(file), source)
         if source.max_rows is not None:
             if len(kinds) > 1:
                 raise InputError(f"source {source.path} mixes formats {sorted(kinds)}; list them as separate sources")
@@ -103,7 +110,7 @@ def read_unit(unit: Unit, *, keep_instructions: bool, max_chars: int) -> Iterato
         rows = itertools.chain.from_iterable(_read(file, unit) for file in unit.files)
         for row in itertools.islice(rows, unit.source.max_rows):
             yield parse_row(row, unit.source.task_name, keep_instructions, max_chars)
-    except (OSError, EOFError, csv.Error) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{unit.name} cannot be read: {error}") from error
 
 
@@ -193,14 +200,14 @@ def _kind(file: Path, default: str | None = "") -> str:
     raise InputError(f"{file} has an unknown format; known: {', '.join(sorted(_SUFFIXES))}")
 
 
-def _check_columns(file: Path, kind: str) -> None:
-    unit = Unit((str(file),), kind, SourceConfig(path=str(file)))
+def _check_columns(file: str, kind: str, source: SourceConfig) -> None:
+    """Look at the first row, so that a wrong path, format or column is said before Ray starts."""
     if kind == "parquet":
-        columns = _parquet(str(file)).schema_arrow.names
+        columns = _parquet(file).schema_arrow.names
     else:
         try:
-            first = next(iter(_read(str(file), unit)), None)
-        except (OSError, EOFError, csv.Error) as error:
+            first = next(_read(file, Unit((file,), kind, source)), None)
+        except _UNREADABLE as error:
             raise InputError(f"{file} cannot be read: {error}") from error
         if first is None:
             raise InputError(f"{file} is empty; remove it from data.sources")
@@ -236,7 +243,6 @@ def _open(file: str) -> BinaryIO:
 
 
 def _parquet(file: str) -> Any:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:

@@ -20,6 +20,7 @@ from gist_ray.errors import InputError
 from gist_ray.evaluation import report
 from gist_ray.evaluation.pool import EncoderPool
 from gist_ray.manifest import digest_of, finished, write_json, write_manifest
+from gist_ray.metrics import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from gist_ray.evaluation.mteb_encoder import RayEncoder
@@ -83,7 +84,7 @@ def evaluate(
             _run(pending, store, model, cluster, batch_tokens)
     summary = _summary(store, chosen, notes, earlier)
     write_json(output / REPORT, summary)
-    (output / "report.html").write_text(_page(summary), encoding="utf-8")
+    (output / "report.html").write_text(_page(summary, _training(model)), encoding="utf-8")
     write_manifest(output, KIND, made_from, model=store.name, revision=revision, tasks=len(chosen))
     return output
 
@@ -266,7 +267,12 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _page(summary: dict[str, Any]) -> str:
+def _training(model: str | Path) -> list[dict[str, float]]:
+    """Metrics of the run that made a model, where `export` left them beside it."""
+    return read_metrics(Path(model).expanduser() / METRICS)
+
+
+def _page(summary: dict[str, Any], training: list[dict[str, float]]) -> str:
     """`report.html`."""
     rows = summary["tasks"]
     by_type = summary["metrics"]["mean_by_type"]
@@ -296,6 +302,7 @@ def _page(summary: dict[str, Any]) -> str:
             report.tiles(tiles),
             report.section("Scores", report.bars_before_after(bars)),
             report.section("Tasks", report.table(headers, cells)),
+            *([report.section("Training", report.training_curves(training))] if training else []),
             report.section("Made from", report.table(["what", "value"], made)),
         ],
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from gist_ray.data.plan import plan_epoch, worker_rows
 from gist_ray.data.prepare import load_model
 from gist_ray.data.shards import Shards
 from gist_ray.encoder import Encoder
+from gist_ray.metrics import MetricsLog
 from gist_ray.training.checkpoint import restore, written_checkpoint
 from gist_ray.training.collectives import gather_rows
 from gist_ray.training.engine import make_engine
@@ -39,7 +40,10 @@ class StepSums:
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """Train the student of `settings["recipe"]` on `settings["shards"]`; Ray Train calls this on every worker."""
+    """Train the student of `settings["recipe"]` on `settings["shards"]`; Ray Train calls this on every worker.
+
+    `settings["epoch_steps"]` are the steps of each epoch, `settings["run_dir"]` is where the metrics go.
+    """
     import ray.train
 
     recipe = Recipe.model_validate(settings["recipe"])
@@ -52,7 +56,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     set_dropout(encoder.model, recipe.train.dropout)
     encoder.model.train()
 
-    total_steps = count_steps(shards, recipe)
+    epoch_steps: list[int] = settings["epoch_steps"]
+    total_steps = sum(epoch_steps)
     engine = make_engine(encoder.model, recipe.train, total_steps, world_size)
     encoder.model = engine.module
     start_step, last = 0, ray.train.get_checkpoint()
@@ -62,7 +67,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             dist.barrier()  # no worker may leave, and delete, while another still reads (ray #57118)
 
     log = MetricsLog(Path(settings["run_dir"]), start_step) if rank == 0 else None
-    for step, batch in batches_from(shards, recipe, start_step):
+    for step, batch in batches_from(shards, recipe, epoch_steps, start_step):
         started = time.perf_counter()
         seed_step(recipe.train.seed, step, rank)
         learning_rate = engine.get_lr()[0]
@@ -84,21 +89,21 @@ def train_loop(settings: dict[str, Any]) -> None:
         log.close()
 
 
-def batches_from(shards: Shards, recipe: Recipe, start_step: int) -> Any:
-    """Yield (step, global batch of row numbers) from `start_step` to the end of the last epoch."""
-    step = 0
-    for epoch in range(recipe.train.epochs):
-        plan = plan_epoch(shards.triplets, recipe.train.batch_size, recipe.train.seed, epoch)
-        for batch in plan:
-            if step >= start_step:
-                yield step, batch
-            step += 1
+def batches_from(shards: Shards, recipe: Recipe, epoch_steps: list[int], start_step: int) -> Iterator[tuple[int, Ids]]:
+    """Yield (step, global batch of row numbers) from `start_step` to the end; finished epochs are not planned again."""
+    train, step = recipe.train, 0
+    for epoch, steps in enumerate(epoch_steps):
+        if start_step < step + steps:
+            plan = plan_epoch(shards.triplets, train.batch_size, train.seed, epoch)
+            skipped = max(0, start_step - step)
+            yield from enumerate(plan[skipped:], start=step + skipped)
+        step += steps
 
 
-def count_steps(shards: Shards, recipe: Recipe) -> int:
-    """Optimizer steps of the whole run."""
+def count_steps(shards: Shards, recipe: Recipe) -> list[int]:
+    """Optimizer steps of each epoch."""
     train = recipe.train
-    return sum(len(plan_epoch(shards.triplets, train.batch_size, train.seed, e)) for e in range(train.epochs))
+    return [len(plan_epoch(shards.triplets, train.batch_size, train.seed, e)) for e in range(train.epochs)]
 
 
 def batch_loss(
@@ -172,38 +177,3 @@ def set_dropout(model: torch.nn.Module, dropout: float | None) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
-
-
-class MetricsLog:
-    """`metrics.jsonl` and TensorBoard files of a run; on resume, lines after the checkpoint are taken back."""
-
-    def __init__(self, run_dir: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._file = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._file) if line["step"] <= start_step] if start_step else []
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step or None)
-
-    def write(self, metrics: dict[str, float]) -> None:
-        """Append one line and the same scalars."""
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, int(metrics["step"]))
-
-    def close(self) -> None:
-        """Flush the TensorBoard file."""
-        self._board.close()
-
-
-def read_metrics(file: Path) -> list[dict[str, float]]:
-    """Lines of a `metrics.jsonl`; a last line that a kill cut short is left out."""
-    lines: list[dict[str, float]] = []
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines

@@ -18,8 +18,9 @@ from gist_ray.data.prepare import load_model, model_fingerprint, prepare
 from gist_ray.data.shards import Shards
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, read_manifest, write_manifest
+from gist_ray.metrics import METRICS, read_metrics
 from gist_ray.training.checkpoint import KIND
-from gist_ray.training.loop import count_steps, read_metrics, train_loop
+from gist_ray.training.loop import count_steps, train_loop
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +49,17 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             "continue it with --resume, or remove that folder to start again"
         )
     if not (run_dir / run_name).exists():
-        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-    total_steps = count_steps(Shards.open(shards_dir), recipe)
+        (run_dir / METRICS).unlink(missing_ok=True)
+    epoch_steps = count_steps(Shards.open(shards_dir), recipe)
+    total_steps = sum(epoch_steps)
     log.info(
         "train: %d steps of %d triplets on %d workers", total_steps, recipe.train.batch_size, recipe.cluster.num_workers
     )
-    with connected(recipe.cluster), _progress(run_dir / "metrics.jsonl", total_steps):
-        checkpoint = _fit(recipe, shards_dir, run_dir, run_name)
+    with connected(recipe.cluster), _progress(run_dir / METRICS, total_steps):
+        checkpoint = _fit(recipe, shards_dir, epoch_steps, run_name)
         shutil.rmtree(out, ignore_errors=True)
         checkpoint.to_directory(str(out))
+    shutil.copyfile(run_dir / METRICS, out / METRICS)
     write_manifest(out, KIND, made_from, recipe=recipe.model_dump(mode="json"), steps=total_steps)
     shutil.rmtree(run_dir / run_name)
     return out
@@ -78,7 +81,7 @@ def checkpoint_fingerprint(recipe: Recipe, shards_dir: Path) -> dict[str, Any]:
     }
 
 
-def _fit(recipe: Recipe, shards_dir: Path, run_dir: Path, run_name: str) -> Any:
+def _fit(recipe: Recipe, shards_dir: Path, epoch_steps: list[int], run_name: str) -> Any:
     """Run Ray Train to the end and return its last checkpoint."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -91,13 +94,14 @@ def _fit(recipe: Recipe, shards_dir: Path, run_dir: Path, run_name: str) -> Any:
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "shards": str(shards_dir),
-            "run_dir": str(run_dir),
+            "epoch_steps": epoch_steps,
+            "run_dir": str(recipe.run_dir()),
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=gpus, resources_per_worker=resources),
         run_config=RunConfig(
             name=run_name,
-            storage_path=str(run_dir),
+            storage_path=str(recipe.run_dir()),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
         ),

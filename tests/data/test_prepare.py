@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import shutil
@@ -149,6 +150,10 @@ def test_nothing_usable_is_an_input_error(tiny_model: Path, tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"query": "q", "pos": 1}\n' * 3)
     with pytest.raises(InputError, match=r"no usable row out of 3 \(pos is not a string \(int\): 3 rows\)"):
         prepare(recipe(tmp_path / "a.jsonl", tiny_model, tmp_path / "runs"))
+    cut_off = gzip.compress(b'{"query": "q", "pos": "p"}\n' * 5000)[:-20]
+    (tmp_path / "b.jsonl.gz").write_bytes(cut_off)
+    with pytest.raises(InputError, match=r"b\.jsonl\.gz cannot be read"):
+        prepare(recipe(tmp_path / "b.jsonl.gz", tiny_model, tmp_path / "runs-b"))
     with pytest.raises(InputError, match="not a finished shards folder"):
         Shards.open(tmp_path)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gist_ray.training.loop import read_metrics
+from gist_ray.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
