@@ -6,6 +6,7 @@ Annotations are objects here, not strings: Serve reads that of `build_app` to va
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import signal
@@ -31,6 +32,8 @@ from gist_ray.errors import InputError
 from gist_ray.serving.api import ApiSettings, create_api
 from gist_ray.serving.engine import TorchEngine
 from gist_ray.serving.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
 
 API_KEYS_VARIABLE = "GIST_RAY_API_KEYS"
 """Environment variable with the accepted API keys, comma separated. Unset or empty: no key is asked for."""
@@ -197,8 +200,9 @@ def serve_model(
             _wait_ready(endpoint)
             yield endpoint
         finally:
-            # Ray reports each step of Serve's end on stdout, until it is gone itself. Stdout is for results.
-            teardown.enter_context(redirect_stdout(sys.stderr))
+            # Until Ray is gone itself, it reports on stdout that the controller it was told to kill was killed.
+            shown = sys.stderr if log.isEnabledFor(logging.DEBUG) else io.StringIO()
+            teardown.enter_context(redirect_stdout(shown))
             serve.shutdown()
 
 
