@@ -12,15 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from gist_ray.config import ClusterConfig
 
 # Set before Ray or a worker of Ray starts; `setdefault` leaves the user's own choice alone.
 _ENVIRONMENT = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; unset, it warns in every worker
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    "DS_ACCELERATOR": "cuda" if torch.cuda.is_available() else "cpu",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

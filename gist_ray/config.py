@@ -133,6 +133,7 @@ class ClusterConfig(_Section):
     """Training workers."""
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs of each training worker, guide actor and evaluation actor. 0: they compute on the CPU."""
     threads_per_worker: int = Field(default=1, ge=1)
     data_workers: int = Field(default=2, ge=1)
     """Guide and evaluation actors."""

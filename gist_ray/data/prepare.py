@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from gist_ray.cluster import connected
-from gist_ray.config import GuideConfig, ModelConfig, Recipe
+from gist_ray.config import ClusterConfig, GuideConfig, ModelConfig, Recipe
 from gist_ray.data.shards import (
     KEY_BYTES,
     KIND,
@@ -238,13 +238,14 @@ def _embed_all(recipe: Recipe, staged_texts: int, out: Path) -> list[dict[str, A
     import ray
 
     blocks = min(_BUCKETS, max(1, -(-staged_texts // _TEXTS_PER_BLOCK)))
-    actors = min(recipe.cluster.data_workers, blocks)
+    actors, gpus = min(recipe.cluster.data_workers, blocks), recipe.cluster.gpus_per_worker
     dataset = ray.data.from_items([{"block": i} for i in range(blocks)], override_num_blocks=blocks)
     done = dataset.map_batches(
         _BlockEmbedder,
-        fn_constructor_args=(recipe.student, recipe.guide, recipe.cluster.data_threads, blocks, str(out)),
+        fn_constructor_args=(recipe.student, recipe.guide, recipe.cluster, blocks, str(out)),
         batch_size=1,
         num_cpus=1,
+        num_gpus=gpus or None,
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
     bar = tqdm(done.iter_rows(), total=blocks, desc="guide vectors", unit="block", disable=None)
@@ -254,17 +255,16 @@ def _embed_all(recipe: Recipe, staged_texts: int, out: Path) -> list[dict[str, A
 class _BlockEmbedder:
     """Actor: one block number in, one `texts/block-*.arrow` out, unless a killed run already wrote it."""
 
-    def __init__(self, student: ModelConfig, guide: GuideConfig, threads: int, blocks: int, out: str) -> None:
+    def __init__(self, student: ModelConfig, guide: GuideConfig, cluster: ClusterConfig, blocks: int, out: str) -> None:
         import torch
 
-        torch.set_num_threads(threads)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(cluster.data_threads)
         self._student, self._guide_config = student, guide
         # The student is loaded for its tokenizer and limits; its weights are freed at once.
         self._tokenizer = load_model(student)
         self._token_dtype = token_dtype_for(len(self._tokenizer.tokenizer))
         self._tokenizer.model = None
-        self._guide = load_model(guide, device=self._device)
+        self._guide = load_model(guide, device="cuda" if cluster.gpus_per_worker else "cpu")
         self._blocks, self._out = blocks, Path(out)
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, list[str]]:

@@ -12,11 +12,12 @@ from gist_ray.config import TrainConfig
 
 
 def make_engine(model: torch.nn.Module, train: TrainConfig, total_steps: int, world_size: int) -> Any:
-    """Wrap a model in a DeepSpeed engine that makes one optimizer step per global batch.
+    """Wrap a model in a DeepSpeed engine that makes one optimizer step per global batch, where the model is.
 
-    The process group must exist. The learning rate follows `learning_rate_at`.
+    The process group must exist. The learning rate follows `learning_rate_factor`.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # DeepSpeed would take a GPU that it sees, also for a model that is to be trained on the CPU beside it.
+    os.environ["DS_ACCELERATOR"] = next(model.parameters()).device.type
     import deepspeed
     import deepspeed.ops
 
