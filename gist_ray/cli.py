@@ -26,8 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
     """
-    # Ray reads its authentication mode once, at import; no verb has imported it yet.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "RAY_ADDRESS" not in os.environ:
+        # Ray reads its authentication mode once, at import; no verb has imported it yet. A cluster that exists already
+        # has its own mode.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     arguments = _parser().parse_args(argv)
     arguments.stdout = sys.stdout  # for the one verb whose result comes before its end
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -38,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         return _complain(str(error), BAD_INPUT)
     except KeyboardInterrupt:
-        return _complain("interrupted; run the same command again to continue", INTERRUPTED)
+        return _complain("interrupted; run it again to continue (train: with --resume)", INTERRUPTED)
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        return _complain(f"{error.filename}: {error.strerror}; choose another path", BAD_INPUT)
     except Exception as error:  # the last resort: one readable line, the traceback on request
         bad_input = _input_error_inside(error)
         if bad_input:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gist_ray.config import ClusterConfig
+from gist_ray.errors import InputError
 
 # Set before Ray or a worker of Ray starts; `setdefault` leaves the user's own choice alone.
 _ENVIRONMENT = {
@@ -31,7 +32,8 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     temporary folder, shut down at the end.
     """
     ray_was_imported = "ray" in sys.modules
-    if not ray_was_imported:
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if not ray_was_imported and not address:
         # Ray reads the mode once, at import. Later it is too late to set one, and Ray's own default for a local
         # cluster (a token, kept in the user's Ray folder) stands.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -44,7 +46,6 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     if not _verbose():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ part logs harmless lines as errors
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=_verbose(), logging_level=logging.WARNING)
         _quiet_data()
@@ -78,11 +79,25 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
             logging_level=logging.WARNING,
             _temp_dir=folder,
         )
+        _check_gpus(cluster)
         _quiet_data()
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_gpus(cluster: ClusterConfig) -> None:
+    """On this machine alone no GPU will join later: Ray would wait for it in silence."""
+    import ray
+
+    wanted = cluster.gpus_per_worker * max(cluster.num_workers, cluster.data_workers)
+    present = ray.cluster_resources().get("GPU", 0)
+    if wanted > present:
+        raise InputError(
+            f"cluster.gpus_per_worker {cluster.gpus_per_worker} needs {wanted:g} GPUs, this machine has {present:g}; "
+            "lower it, or num_workers and data_workers, or connect to a cluster with cluster.address"
+        )
 
 
 def _verbose() -> bool:
@@ -103,7 +118,7 @@ def _quiet_data() -> None:
 def logical_cpus(cluster: ClusterConfig) -> int:
     """CPUs to tell a local Ray of: enough for the training workers and, beside them, for Ray Data and actors.
 
-    Training workers that hold every CPU starve a Ray Data task in silence (stack.md §5), so a small machine
+    Training workers that hold every CPU starve a Ray Data task in silence, so a small machine
     advertises more than it has; threads, not this number, bound the real load.
     """
     training = cluster.num_workers * cluster.cpus_per_worker

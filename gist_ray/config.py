@@ -6,6 +6,7 @@ Unknown keys are errors that name the nearest valid key. Derived numbers are met
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gist_ray.errors import InputError
 
+# YAML 1.1 reads `2e-5` as a string; people mean the number.
+_YAML_1_1_MISSES = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
@@ -26,8 +29,8 @@ class SourceConfig(_Section):
 
     path: str
     """Local path or glob (Parquet, JSONL, JSONL.gz, CSV, raw MEDI JSON), or `hf://org/dataset`."""
-    revision: str | None = None
-    """Commit of the Hub dataset. Required for `hf://`, so that a run can be repeated."""
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    """Commit of the Hub dataset, 40 hex digits. Required for `hf://`, so that a run can be repeated."""
     split: str = "train"
     task_name: str | None = None
     """Overrides the task of every row of this source."""
@@ -45,7 +48,7 @@ class DataConfig(_Section):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     keep_instructions: bool = False
-    """Prefix each text with its `*_instruct` column. The paper drops them (gistembed.md §2)."""
+    """Prefix each text with its `*_instruct` column. The paper drops them."""
     max_chars: int = Field(default=100_000, ge=1)
     """A row with a longer text is rejected, with this reason: it is almost always a parsing accident."""
 
@@ -62,6 +65,13 @@ class ModelConfig(_Section):
     prompt: str = ""
     """Put before every text, exactly as written."""
 
+    @field_validator("path")
+    @classmethod
+    def _folder_is_absolute(cls, path: str) -> str:
+        # Workers start in folders of their own, where a relative path would mean another model, or a Hub id.
+        folder = Path(path).expanduser()
+        return str(folder.absolute()) if folder.is_dir() else path
+
 
 class StudentConfig(ModelConfig):
     """The encoder that is trained."""
@@ -75,6 +85,13 @@ class StudentConfig(ModelConfig):
         if layers is not None and (not layers or list(layers) != sorted(set(layers)) or layers[0] < 0):
             raise ValueError(f"layers {list(layers)} must be distinct, ascending and not negative, e.g. [0, 2, 4]")
         return layers
+
+    @field_validator("prompt")
+    @classmethod
+    def _no_prompt(cls, prompt: str) -> str:
+        if prompt:  # the exported folder would not apply it, and be scored and served on other inputs than trained
+            raise ValueError("a student's prompt is not supported yet; put it into the texts")
+        return prompt
 
 
 class GuideConfig(ModelConfig):
@@ -101,7 +118,7 @@ class TrainConfig(_Section):
     """How the student is trained."""
 
     batch_size: int = Field(default=128, ge=2)
-    """Triplets per optimizer step over all workers: the number of workers does not change the result."""
+    """Triplets per optimizer step over all workers, whose number changes rounding and dropout, not the batches."""
     epochs: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=2e-5, gt=0)
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
@@ -214,7 +231,7 @@ class Recipe(_Section):
 def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a YAML recipe and apply `a.b=value` overrides (values are YAML).
 
-    `path` is a file, or the name of a shipped recipe such as `gist-minilm`.
+    `path` is a file, or the name of a shipped recipe such as `quickstart`.
 
     Raises:
         InputError: missing file, YAML error, unknown key (with the nearest valid one) or bad value.
@@ -222,7 +239,7 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     file = _recipe_file(Path(path))
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{file}: a recipe is a mapping of sections, this is a {type(tree).__name__}")
@@ -271,19 +288,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: the value is not valid YAML: {error}") from error
-    if isinstance(parsed, str):
-        parsed = _number(parsed)
+    if _YAML_1_1_MISSES.match(value.strip()):
+        parsed = float(value)
     if not isinstance(node, dict):
         raise InputError(f"--set {override}: only keys of a section can be set, `{key}` is an element of a list")
     node[leaf] = parsed
-
-
-def _number(text: str) -> float | str:
-    """YAML 1.1 reads `2e-5` as a string; people mean the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _explain(problem: Any) -> str:

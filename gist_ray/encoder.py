@@ -171,10 +171,6 @@ class Encoder:
         self.tokenizer.save_pretrained(folder)
         modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
         files: dict[str, Any] = {
-            "modules.json": [
-                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                for i, (path, kind) in enumerate(modules)
-            ],
             "sentence_bert_config.json": {"max_seq_length": self.max_tokens, "do_lower_case": self.lower_case},
             "config_sentence_transformers.json": {
                 "__version__": {"sentence_transformers": "3.0.0"},  # the oldest reader of this layout
@@ -190,6 +186,11 @@ class Encoder:
                 "pooling_mode_mean_sqrt_len_tokens": False,
             },
             "2_Normalize/config.json": {},
+            # Last: a folder with it is whole.
+            "modules.json": [
+                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for i, (path, kind) in enumerate(modules)
+            ],
         }
         for name, value in files.items():
             file = folder / name
@@ -258,6 +259,7 @@ def fingerprint(
         "weights": digest_files([transformer_dir / "config.json", *weights]),
         "tokenizer": tokenizer_digest(transformer_dir),
         "pooling": pooling or stored["pooling"],
+        "positions": _json(transformer_dir / "config.json").get("max_position_embeddings"),
         "max_tokens": max_tokens or stored["max_tokens"],
         "lower_case": stored["lower_case"],
         "prompts": stored["prompts"],
@@ -269,8 +271,10 @@ def tokenizer_digest(transformer_dir: Path) -> str:
     """Content hash of the tokenizer files of a transformers folder."""
     names = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model")
     files = [transformer_dir / name for name in names if (transformer_dir / name).is_file()]
-    # tokenizer.json alone decides a fast tokenizer; the others count only without it.
+    # With tokenizer.json the vocabulary files do not count; lower-casing and limits stand in the settings always.
     files = files[:1] if files and files[0].name == "tokenizer.json" else files
+    settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    files += [transformer_dir / name for name in settings if (transformer_dir / name).is_file()]
     return digest_of([digest_files([file]) for file in files])
 
 

@@ -34,10 +34,12 @@ def export(checkpoint: str | Path, out: str | Path, *, report: str | Path | None
     made_from = {"checkpoint": digest_of(manifest["fingerprint"]), "scores": digest_of(scores)}
     if finished(out, KIND, made_from):
         return out
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty and not a finished model folder; choose another folder or clear it")
     encoder = Encoder.load(student)
-    shutil.copytree(student, out, dirs_exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed export
+    shutil.copytree(student, unfinished)
     recipe = manifest["recipe"]
     provenance = {
         "recipe": recipe,
@@ -47,10 +49,13 @@ def export(checkpoint: str | Path, out: str | Path, *, report: str | Path | None
         "max_tokens": encoder.max_tokens,
         "scores": scores,
     }
-    shutil.copyfile(checkpoint / METRICS, out / METRICS)  # for the curves in the reports on this model
-    write_json(out / PROVENANCE, provenance)
-    (out / "README.md").write_text(model_card(recipe["name"], provenance), encoding="utf-8")
-    write_manifest(out, KIND, made_from)
+    shutil.copyfile(checkpoint / METRICS, unfinished / METRICS)  # for the curves in the reports on this model
+    write_json(unfinished / PROVENANCE, provenance)
+    (unfinished / "README.md").write_text(model_card(recipe["name"], provenance), encoding="utf-8")
+    write_manifest(unfinished, KIND, made_from)
+    if out.exists():
+        out.rmdir()  # empty, as checked
+    unfinished.rename(out)
     return out
 
 

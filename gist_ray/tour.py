@@ -249,7 +249,7 @@ def write_report(out: Path, recipe: Recipe, gain: Gain, answers: list[tuple[str,
 
 def _student_before(recipe: Recipe, folder: Path) -> Path:
     """The student as training finds it, as a model folder."""
-    if not (folder / "modules.json").is_file():  # written last by Encoder.save
+    if not (folder / "modules.json").is_file():  # Encoder.save writes it last
         load_model(recipe.student, layers=recipe.student.layers).save(folder)
     return folder
 

@@ -70,7 +70,15 @@ BAD_INPUT = [
     (["serve", "{model}", "--set", "serving.port=1"], "give one with --recipe"),
     (["evaluate", "{model}"], "nothing to evaluate on"),
     (["evaluate", "{model}", "--recipe", "{recipe}", "--set", "evaluation.data={dir}/none"], "none does not exist"),
-    (["prepare", "{recipe}", "--set", "data.sources=[{{path: 'hf://no/such', revision: main}}]"], "from the Hub"),
+    (
+        [
+            "prepare",
+            "{recipe}",
+            "--set",
+            "data.sources=[{{path: 'hf://no/such', revision: 0123456789012345678901234567890123456789}}]",
+        ],
+        "from the Hub",
+    ),
 ]
 
 

@@ -81,3 +81,16 @@ def test_derived_numbers():
     assert recipe.train.warmup_steps(10) == 2
     assert recipe.shards_dir() == Path("/o/n/shards")
     assert isinstance(recipe, Recipe)
+
+
+def test_quoted_numbers_stay_strings_and_local_models_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "r.yaml"
+    file.write_text("name: a\ndata: {sources: [{path: x}]}\nstudent: {path: models/s}\nguide: {path: org/g}\n")
+    assert load_recipe(file, ('name="2024"',)).name == "2024"
+    (tmp_path / "models" / "s").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # workers start elsewhere: a relative path would mean another model there
+    recipe = load_recipe(file)
+    assert (recipe.student.path, recipe.guide.path) == (str(tmp_path / "models" / "s"), "org/g")
+    for bad in ("student.prompt=x", "data.sources=[{path: hf://a/b, revision: main}]"):
+        with pytest.raises(InputError):
+            load_recipe(file, (bad,))

@@ -91,6 +91,9 @@ def test_fingerprint_sees_weights_and_settings_not_the_place(tiny_model: Path, t
     same = fingerprint(tiny_model, **settings)
     assert fingerprint(copied, **settings) == same
     assert fingerprint(copied, **{**settings, "pooling": "cls"}) != same
+    settings_file = copied / "tokenizer_config.json"
+    settings_file.write_text(settings_file.read_text().replace("}", ', "do_lower_case": false}', 1))
+    assert fingerprint(copied, **settings)["tokenizer"] != same["tokenizer"]
     weights = copied / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert fingerprint(copied, **settings)["weights"] != same["weights"]

@@ -29,7 +29,6 @@ from gist_ray.config import ClusterConfig, GuideConfig, ModelConfig, Recipe
 from gist_ray.data.shards import (
     KEY_BYTES,
     KIND,
-    Shards,
     TextBlock,
     Triplets,
     keys_to_numpy,
@@ -68,7 +67,6 @@ def prepare(recipe: Recipe) -> Path:
         totals = _read_all(recipe, units, out)
         blocks = _embed_all(recipe, totals["texts"], out)
         tasks = _number_rows(recipe, len(units), out)
-    shutil.rmtree(out / "staging")
     texts = sum(block["texts"] for block in blocks)
     write_manifest(
         out,
@@ -84,6 +82,7 @@ def prepare(recipe: Recipe) -> Path:
         truncated_texts=sum(block["truncated"] for block in blocks),
         guide_dim=blocks[0]["guide_dim"],
     )
+    shutil.rmtree(out / "staging")  # after the manifest: a half-removed staging folder must never be continued
     return out
 
 
@@ -93,7 +92,7 @@ def shards_fingerprint(recipe: Recipe, units: list[Unit]) -> dict[str, Any]:
     return {
         "sources": {f"{i}: {unit.name}": content_digest(unit) for i, unit in enumerate(units)},
         "data": recipe.data.model_dump(mode="json"),
-        "student": {key: student[key] for key in ("tokenizer", "max_tokens", "lower_case", "prompt")},
+        "student": {key: student[key] for key in ("tokenizer", "positions", "max_tokens", "lower_case", "prompt")},
         "guide": model_fingerprint(recipe.guide) | {"dtype": "float16"},
     }
 
@@ -126,6 +125,7 @@ def _start_or_continue(out: Path, made_from: dict[str, Any]) -> None:
     marker = out / "staging" / "made_from.json"
     same = marker.is_file() and json.loads(marker.read_text())["digest"] == digest_of(made_from)
     if not same:
+        marker.unlink(missing_ok=True)  # first: what is half removed must not be taken for the marker's work
         for part in ("staging", "texts", "triplets", "rejects"):
             shutil.rmtree(out / part, ignore_errors=True)
     marker.parent.mkdir(parents=True, exist_ok=True)
@@ -348,8 +348,3 @@ def _numbered(piece: Path, keys: npt.NDArray[np.bytes_], tasks: list[str]) -> Tr
         negatives=ids(negatives.values),
         task=np.array([codes[task] for task in table["task"].to_pylist()], dtype=np.int64),
     )
-
-
-def open_shards(recipe: Recipe) -> Shards:
-    """Prepare if need be, then open."""
-    return Shards.open(prepare(recipe))

@@ -138,6 +138,8 @@ def parse_row(row: Any, task_override: str | None, keep_instructions: bool, max_
     if query in negatives or positive in negatives:
         return Reject(f"neg equals {'query' if query in negatives else 'pos'}", row)
     found = task_override or next((row[key] for key in _TASK_KEYS if row.get(key) not in (None, "")), "default")
+    if problem := _problem(str(found), "task_name", max_chars):
+        return Reject(problem, row)
     return Triplet(query, positive, negatives, str(found))
 
 
@@ -184,7 +186,9 @@ def _matching_files(path: str) -> list[Path]:
 
 
 def _glob(pattern: Path) -> Iterator[Path]:
-    """What a path with wildcards matches; without any, the path itself."""
+    """What a path with wildcards matches; without any, or where it exists as it is, the path itself."""
+    if pattern.exists():
+        return iter([pattern])
     fixed = next((i for i, part in enumerate(pattern.parts) if set(part) & set("*?[")), None)
     if fixed is None:
         return iter([pattern])
@@ -315,7 +319,7 @@ def _read_json_array(stream: BinaryIO) -> Iterator[Any]:
         while text and text[0] != "]":
             try:
                 row, end = decoder.raw_decode(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             yield row
             text = text[end:].lstrip(" \t\r\n,")

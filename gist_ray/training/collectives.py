@@ -14,7 +14,7 @@ def gather_rows(local: Tensor, counts: list[int]) -> Tensor:
 
     Differentiable: the gradient of a row is the sum of the gradients that all workers have for it, sent home. When
     each of W workers backpropagates (W / B) * (sum of its rows' losses), the mean of the parameter gradients over the
-    workers is the gradient of one process with the whole batch of B rows (measured in training.md §2.4). Every worker
+    workers is the gradient of one process with the whole batch of B rows. Every worker
     must call this, forward and backward, also one with no rows.
     """
     if len(counts) == 1:

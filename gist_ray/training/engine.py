@@ -36,9 +36,10 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a recipe.
 
     `train_micro_batch_size_per_gpu` is only a label here: batches come from the plan, and a worker's share may differ
-    by one row from another's.
+    by one row from another's. Weights stay fp32 under `precision: bf16` too: the loop runs the forward in
+    autocast, so that what is saved is what the optimizer holds.
     """
-    config: dict[str, Any] = {
+    return {
         "train_micro_batch_size_per_gpu": max(1, train.batch_size // world_size),
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.max_grad_norm,
@@ -46,9 +47,6 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
         "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
     }
-    if train.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-    return config
 
 
 def learning_rate_factor(step: int, train: TrainConfig, total_steps: int) -> float:

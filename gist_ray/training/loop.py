@@ -120,10 +120,11 @@ def batch_loss(
     rows_of = [worker_rows(batch, weights, r, world_size) for r in range(world_size)]
     texts_of = [triplets.texts_of(rows) for rows in rows_of]
     own = texts_of[rank]
-    if len(own):
-        vectors = encoder.embed(shards.tokens(own), batch_tokens=recipe.train.chunk_tokens)
-    else:  # fewer rows than workers: take part in the collectives with no rows, but through the model
-        vectors = encoder.embed(shards.tokens(texts_of[0][:1]))[:0]
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+        if len(own):
+            vectors = encoder.embed(shards.tokens(own), batch_tokens=recipe.train.chunk_tokens)
+        else:  # fewer rows than workers: take part in the collectives with no rows, but through the model
+            vectors = encoder.embed(shards.tokens(texts_of[0][:1]))[:0]
     everyone = gather_rows(vectors, [len(texts) for texts in texts_of])
 
     held = np.concatenate(texts_of)

@@ -54,7 +54,7 @@ def guided_contrastive_loss(
 
     Row i contrasts s(q_i, p_i) with four blocks in one softmax: q_i against every positive, every negative and every
     query, and p_i against every positive. A candidate is hidden when the guide scores it strictly above
-    g(q_i, p_i) - margin. Unlike the paper's code and sentence-transformers' (gistembed.md §1):
+    g(q_i, p_i) - margin. Unlike the paper's code and sentence-transformers':
 
     - a candidate whose *text* is q_i or p_i is hidden always, by id. This takes in the self-diagonals, which the others
       leave to rounding, and repeated texts, which a strict `>` can never hide;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
@@ -17,7 +18,7 @@ from gist_ray.config import Recipe
 from gist_ray.data.prepare import load_model, model_fingerprint, prepare
 from gist_ray.data.shards import Shards
 from gist_ray.errors import InputError
-from gist_ray.manifest import digest_of, finished, read_manifest, write_manifest
+from gist_ray.manifest import digest_of, finished, read_manifest, write_json, write_manifest
 from gist_ray.metrics import METRICS, read_metrics
 from gist_ray.training.checkpoint import KIND
 from gist_ray.training.loop import count_steps, train_loop
@@ -48,6 +49,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
             f"{run_dir / run_name} is an unfinished run of this very recipe; "
             "continue it with --resume, or remove that folder to start again"
         )
+    _check_workers(recipe, run_dir / run_name)
     if not (run_dir / run_name).exists():
         (run_dir / METRICS).unlink(missing_ok=True)
     epoch_steps = count_steps(Shards.open(shards_dir), recipe)
@@ -62,13 +64,14 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     shutil.copyfile(run_dir / METRICS, out / METRICS)
     write_manifest(out, KIND, made_from, recipe=recipe.model_dump(mode="json"), steps=total_steps)
     shutil.rmtree(run_dir / run_name)
+    (run_dir / run_name).with_suffix(".json").unlink()
     return out
 
 
 def checkpoint_fingerprint(recipe: Recipe, shards_dir: Path) -> dict[str, Any]:
     """What decides the trained weights: shards, student, loss, training section.
 
-    The number of workers is not in it: it changes rounding, not the run.
+    The number of workers is not in it: it changes rounding and dropout, not the batches.
     """
     shards = read_manifest(shards_dir)
     assert shards is not None, "prepare returns finished shards"
@@ -79,6 +82,24 @@ def checkpoint_fingerprint(recipe: Recipe, shards_dir: Path) -> dict[str, Any]:
         "loss": recipe.loss.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json", exclude=passive),
     }
+
+
+def _check_workers(recipe: Recipe, run: Path) -> None:
+    """DeepSpeed loads a ZeRO checkpoint on the same number of workers only: say so before Ray starts.
+
+    The number is kept beside the run's folder, which is Ray Train's own.
+    """
+    file = run.with_suffix(".json")
+    workers = {"num_workers": recipe.cluster.num_workers}
+    if run.exists() and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before != workers and recipe.train.zero_stage > 0:
+            raise InputError(
+                f"{run} was started on {before['num_workers']} workers and ZeRO {recipe.train.zero_stage} cannot "
+                f"resume it on {workers['num_workers']}; set cluster.num_workers back, or remove {run} to start again"
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, workers)
 
 
 def _fit(recipe: Recipe, shards_dir: Path, epoch_steps: list[int], run_name: str) -> Any:

@@ -62,7 +62,7 @@ def test_every_format_gives_the_same_triplets(tmp_path: Path, name: str):
 def test_hub_datasets_go_through_the_same_reader(tmp_path: Path):
     write(tmp_path / "train.parquet")
     # A local folder stands for the Hub: `load_dataset` takes both, and no network is needed.
-    units = find_units(DataConfig(sources=(SourceConfig(path=f"hf://{tmp_path}", revision="main"),)))
+    units = find_units(DataConfig(sources=(SourceConfig(path=f"hf://{tmp_path}", revision="0" * 40),)))
     assert list(read_unit(units[0], keep_instructions=False, max_chars=100)) == EXPECTED
     with pytest.raises(InputError, match="cannot be had from the Hub"):
         find_units(DataConfig(sources=(SourceConfig(path="hf://no-such-org/none", revision="0" * 40),)))
@@ -116,6 +116,7 @@ def test_instructions_are_dropped_or_kept():
         ({"query": "q", "pos": "p", "neg": "p"}, "neg equals pos"),
         ({"query": "q" * 100, "pos": "p"}, "query has more than 99 characters"),
         ({"query": "\ud800", "pos": "p"}, "query is not valid Unicode"),
+        ({"query": "q", "pos": "p", "task_name": "caf\udce9"}, "task_name is not valid Unicode"),
         (["q", "p"], "row is a list, not an object"),
     ],
 )

@@ -123,7 +123,7 @@ def test_own_rows_are_parts_of_the_whole():
 
 
 def test_identical_texts_are_never_negatives():
-    """q = p leaves the others with a floor of log 3 (gistembed.md §1); repeated positives push each other away."""
+    """q = p leaves the others with a floor of log 3; repeated positives push each other away."""
     vectors = torch.eye(4, dtype=torch.float64)
     same = Candidates(vectors, vectors, torch.arange(4))
     none = Candidates(vectors[:0], vectors[:0], torch.arange(0))

@@ -102,6 +102,9 @@ def test_an_unfinished_run_wants_resume_and_bad_students_fail_early(tiny_model: 
     (recipe.run_dir() / f"train-{digest[:8]}").mkdir(parents=True)
     with pytest.raises(InputError, match="--resume"):
         train(recipe)
+    (recipe.run_dir() / f"train-{digest[:8]}.json").write_text('{"num_workers": 3}')
+    with pytest.raises(InputError, match="started on 3 workers and ZeRO 1 cannot resume it on 2"):
+        train(recipe, resume=True)
     wrong = recipe.model_copy(update={"student": recipe.student.model_copy(update={"layers": (0, 5)})})
     with pytest.raises(InputError, match="layers 0 to 1"):
         train(wrong)
@@ -112,6 +115,7 @@ def test_export_makes_a_folder_that_everybody_loads(trained: Recipe, tmp_path: P
 
     out = export(trained.checkpoint_dir(), tmp_path / "model")
     assert export(trained.checkpoint_dir(), out) == out
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
     texts = [row["query"] for row in verse_rows[:20]]
     np.testing.assert_allclose(SentenceTransformer(str(out)).encode(texts), Encoder.load(out).encode(texts), atol=1e-5)
     card = (out / "README.md").read_text()
