@@ -18,11 +18,12 @@ from typing import Any
 import httpx
 import numpy as np
 
+from gist_ray import html
 from gist_ray.cluster import connected
 from gist_ray.config import Recipe, ServingConfig, load_recipe
-from gist_ray.data.prepare import load_model, prepare
+from gist_ray.data.prepare import prepare
+from gist_ray.encoder import load_model
 from gist_ray.errors import InputError
-from gist_ray.evaluation import report
 from gist_ray.evaluation.compare import Interval, paired_bootstrap, paired_items
 from gist_ray.evaluation.run import evaluate, ndcg_at_10_per_query
 from gist_ray.manifest import finished, read_manifest, write_json, write_manifest
@@ -201,12 +202,12 @@ def write_report(out: Path, recipe: Recipe, gain: Gain, answers: list[tuple[str,
         "model": "model",
     }
     write_json(out / "report.json", facts)
-    page = report.render_report(
+    page = html.render_report(
         "gist-ray quickstart",
         "all-MiniLM-L6-v2 cut to three of its six layers, then fine-tuned with the whole model as its guide on aligned "
         f"Bible verses. Scored on books it never saw: {', '.join(_HELD_OUT_BOOKS.values())}.",
         [
-            report.tiles(
+            html.tiles(
                 [
                     ("nDCG@10 before", f"{gain.before:.4f}", "three layers, untrained"),
                     ("nDCG@10 after", f"{gain.after:.4f}", f"{gain.queries} held-out queries"),
@@ -218,20 +219,20 @@ def write_report(out: Path, recipe: Recipe, gain: Gain, answers: list[tuple[str,
                     ("negatives hidden", f"{facts['masked_share']:.2%}", "by the guide, mean over steps"),
                 ]
             ),
-            report.section(
-                "Retrieval on held-out books", report.bars_before_after([(_TASK, 100 * gain.before, 100 * gain.after)])
+            html.section(
+                "Retrieval on held-out books", html.bars_before_after([(_TASK, 100 * gain.before, 100 * gain.after)])
             ),
-            report.section("Training", report.training_curves(metrics)),
-            report.section(
+            html.section("Training", html.training_curves(metrics)),
+            html.section(
                 "Answers of the served model",
-                report.table(
+                html.table(
                     ["query", "nearest held-out verse", "cosine"],
                     [[a["query"], a["nearest"], round(a["similarity"], 4)] for a in facts["answers"]],
                 ),
             ),
-            report.section(
+            html.section(
                 "Made from",
-                report.table(
+                html.table(
                     ["what", "value"],
                     [
                         ["triplets", f"{shards['triplets']:,}"],

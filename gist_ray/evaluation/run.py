@@ -13,11 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gist_ray import html
 from gist_ray.cluster import connected
 from gist_ray.config import ClusterConfig
 from gist_ray.encoder import fingerprint
 from gist_ray.errors import InputError
-from gist_ray.evaluation import report
 from gist_ray.evaluation.pool import EncoderPool
 from gist_ray.manifest import digest_of, finished, write_json, write_manifest
 from gist_ray.metrics import METRICS, read_metrics
@@ -295,15 +295,15 @@ def _page(summary: dict[str, Any], training: list[dict[str, float]]) -> str:
     ]
     if summary["baseline"]:
         made.append(["before", f"{summary['baseline']['model']} @ {summary['baseline']['revision'][:12]}"])
-    return report.render_report(
+    return html.render_report(
         f"Evaluation of {summary['model']}",
         "Scores are MTEB's main score of each task, times 100.",
         [
-            report.tiles(tiles),
-            report.section("Scores", report.bars_before_after(bars)),
-            report.section("Tasks", report.table(headers, cells)),
-            *([report.section("Training", report.training_curves(training))] if training else []),
-            report.section("Made from", report.table(["what", "value"], made)),
+            html.tiles(tiles),
+            html.section("Scores", html.bars_before_after(bars)),
+            html.section("Tasks", html.table(headers, cells)),
+            *([html.section("Training", html.training_curves(training))] if training else []),
+            html.section("Made from", html.table(["what", "value"], made)),
         ],
     )
 

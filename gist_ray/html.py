@@ -1,16 +1,19 @@
-"""Report: data to one self-contained HTML page. Pure functions, no scripts, no outside assets.
+"""HTML: data to one self-contained page. Pure functions, no scripts, no outside assets.
 
-Every function returns a piece of HTML; texts are escaped here and nowhere else. Colours follow the reader's
-light or dark setting. The pages are well-formed XML too, so that tests (and other programs) can parse them.
+Every function returns a piece of HTML; texts are escaped here and nowhere else, and characters that XML forbids become
+U+FFFD, because texts of data sets hold them. Colours follow the reader's light or dark setting. The pages are
+well-formed XML too, so that tests (and other programs) can parse them.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
 Cell = str | int | float | None
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #f7f8fa; --card: #ffffff; --line: #e1e5ea; --text: #1b2330;
@@ -26,17 +29,18 @@ h2 { font-size: 17px; margin: 0 0 12px; }
 p { margin: 0 0 12px; } .intro { color: var(--soft); margin-bottom: 24px; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
   margin: 0 0 16px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px;
   margin: 0 0 16px; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
-.tile b { display: block; font-size: 25px; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
+.tile b { display: block; font-size: 23px; line-height: 1.3; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+.scroll { overflow-x: auto; } .tall { max-height: 560px; overflow-y: auto; font-size: 13px; }
+.tall th { position: sticky; top: 0; background: var(--card); } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); }
 th, td { vertical-align: top; }
-td { overflow-wrap: break-word; max-width: 460px; }
+td { overflow-wrap: anywhere; max-width: 640px; } td:first-child { min-width: 130px; }
 tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; font-size: 13px; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 8px 24px; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: 13px; }
 figcaption span { color: var(--soft); font-weight: 400; }
@@ -44,15 +48,14 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
 svg .soft { fill: var(--soft); } svg .up { fill: var(--up); } svg .down { fill: var(--down); }
 svg .before { fill: var(--before); } svg .after { fill: var(--after); } svg .grid { stroke: var(--line); }
+svg .mark { stroke: var(--down); stroke-dasharray: 4 3; }
 svg .faint { stroke: var(--after); stroke-opacity: .3; } svg .curve { stroke: var(--after); stroke-width: 2; }
-svg polyline { fill: none; stroke-linejoin: round; }
+svg .over { fill-opacity: .6; } svg polyline { fill: none; stroke-linejoin: round; }
 """
 
-_BARS_WIDTH, _BARS_START, _BARS_END = (
-    820,
-    230,
-    690,
-)  # bars lie between; names to the left, numbers to the right
+_BARS_WIDTH, _BARS_START, _BARS_END = 820, 230, 690  # bars lie between; names to the left, numbers to the right
+_CHART_WIDTH, _CHART_HEIGHT = 420, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 410, 10, 176  # of the area that a chart draws in
 _CURVES = (
     ("loss", "loss", ""),
     ("masked_share", "negatives hidden by the guide", "share"),
@@ -73,8 +76,8 @@ def render_report(title: str, intro: str, sections: Sequence[str]) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
-<title>{escape(title)}</title><style>{_STYLE}</style></head>
-<body><main><h1>{escape(title)}</h1><p class="intro">{escape(intro)}</p>
+<title>{_escaped(title)}</title><style>{_STYLE}</style></head>
+<body><main><h1>{_escaped(title)}</h1><p class="intro">{_escaped(intro)}</p>
 {body}
 </main></body></html>
 """
@@ -82,25 +85,30 @@ def render_report(title: str, intro: str, sections: Sequence[str]) -> str:
 
 def section(heading: str, *pieces: str) -> str:
     """A card with a heading around pieces of HTML."""
-    return f"<section><h2>{escape(heading)}</h2>{''.join(pieces)}</section>"
+    return f"<section><h2>{_escaped(heading)}</h2>{''.join(pieces)}</section>"
 
 
 def paragraph(text: str) -> str:
     """Plain text as a paragraph."""
-    return f"<p>{escape(text)}</p>"
+    return f"<p>{_escaped(text)}</p>"
 
 
 def tiles(items: Sequence[tuple[str, str, str]]) -> str:
     """The few numbers to read first: (name, value, remark) each."""
     cells = [
-        f"<span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(remark)}</span>"
+        f"<span>{_escaped(name)}</span><b>{_escaped(value)}</b><span>{_escaped(remark)}</span>"
         for name, value, remark in items
     ]
     return '<div class="tiles">' + "".join(f'<div class="tile">{cell}</div>' for cell in cells) + "</div>"
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def table(headers: Sequence[str], rows: Sequence[Sequence[Cell]], *, tall: bool = False) -> str:
     """A table. Columns of numbers are aligned right; floats get two decimals, None is a dash.
+
+    Args:
+        headers: one for each column.
+        rows: of cells, in order.
+        tall: scroll within a fixed height, below a header that stays, so that hundreds of rows leave the page short.
 
     Raises:
         ValueError: a row with more or fewer cells than there are headers.
@@ -115,10 +123,11 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     def line(tag: str, cells: Sequence[Cell]) -> str:
         marks = [' class="number"' if right else "" for right in numeric]
         pairs = zip(cells, marks, strict=True)
-        return "<tr>" + "".join(f"<{tag}{mark}>{escape(_cell(cell))}</{tag}>" for cell, mark in pairs) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}{mark}>{_escaped(_cell(cell))}</{tag}>" for cell, mark in pairs) + "</tr>"
 
     body = "".join(line("td", row) for row in rows)
-    return f'<div class="scroll"><table><thead>{line("th", headers)}</thead><tbody>{body}</tbody></table></div>'
+    box = "scroll tall" if tall else "scroll"
+    return f'<div class="{box}"><table><thead>{line("th", headers)}</thead><tbody>{body}</tbody></table></div>'
 
 
 def bars_before_after(rows: Sequence[tuple[str, float | None, float]]) -> str:
@@ -160,26 +169,20 @@ def line_chart(
         smooth: draw long series as a smoothed line over the faint raw one.
     """
     points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
-    caption = f"<figcaption>{escape(title)} <span>{escape(unit)}</span></figcaption>"
+    caption = f"<figcaption>{_escaped(title)} <span>{_escaped(unit)}</span></figcaption>"
     if not points:
         return f"<figure>{caption}{paragraph('no data')}</figure>"
-    width, height, left, bottom, pad = 420, 200, 56, 24, 10
     y_ticks = _ticks(min(y for _, y in points), max(y for _, y in points))
     x_low, x_high = points[0][0], max(points[-1][0], points[0][0] + 1)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low)
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + across * (width - left - pad), pad + (1 - up) * (height - bottom - pad)
+        return _LEFT + across * (_RIGHT - _LEFT), _TOP + (1 - up) * (_BOTTOM - _TOP)
 
-    parts = []
-    for tick in y_ticks:
-        y = place(x_low, tick)[1]
-        parts.append(f'<line x1="{left}" x2="{width - pad}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" class="soft">{_short(tick)}</text>')
-    parts.append(f'<text x="{left}" y="{height - 6}" class="soft">{_short(x_low)}</text>')
-    end = f"{escape(x_name)} {_short(points[-1][0])}"
-    parts.append(f'<text x="{width - pad}" y="{height - 6}" text-anchor="end" class="soft">{end}</text>')
+    parts = _grid(y_ticks)
+    parts.append(_under(_LEFT, _short(x_low), "start"))
+    parts.append(_under(_RIGHT, f"{x_name} {_short(points[-1][0])}", "end"))
     raw = [place(x, y) for x, y in points]
     means = _smoothed([y for _, y in points])
     curve = [place(x, y) for (x, _), y in zip(points, means, strict=True)] if smooth else raw
@@ -188,7 +191,56 @@ def line_chart(
     else:
         parts.append(_polyline(raw, "faint") + _polyline(curve, "curve"))
     name = f"{title}: {_short(points[0][1])} at first, {_short(points[-1][1])} at last"
-    return f"<figure>{caption}{_svg(width, height, name, ''.join(parts))}</figure>"
+    return f"<figure>{caption}{_svg(_CHART_WIDTH, _CHART_HEIGHT, name, ''.join(parts))}</figure>"
+
+
+def histogram(
+    title: str,
+    edges: Sequence[float],
+    series: Mapping[str, Sequence[int]],
+    unit: str = "",
+    *,
+    mark: tuple[float, str] | None = None,
+) -> str:
+    """Bars side by side, each as high as its share of the counts in percent.
+
+    Args:
+        title: what is counted.
+        edges: ascending bounds of the bars, `[n + 1]`.
+        series: name to counts `[n]`; a second one is drawn over the first.
+        unit: of the shares.
+        mark: a position to draw a vertical line at, and its name; left out where it is beyond the bars.
+
+    Raises:
+        ValueError: `edges` is not one longer than the counts.
+    """
+    if any(len(edges) != len(counts) + 1 for counts in series.values()):
+        raise ValueError(f"{title}: {len(edges)} edges are not one more than the counts of each of {list(series)}")
+    caption = f"<figcaption>{_escaped(title)} <span>{_escaped(unit)}</span></figcaption>"
+    shares = {name: [100 * n / sum(counts) for n in counts] for name, counts in series.items() if sum(counts)}
+    if not shares:
+        return f"<figure>{caption}{paragraph('no data')}</figure>"
+    low, high = edges[0], edges[-1]
+    y_ticks = _ticks(0.0, max(max(values) for values in shares.values()))
+    xs = [_LEFT + (edge - low) / (high - low) * (_RIGHT - _LEFT) for edge in edges]
+    parts = _grid(y_ticks)
+    for x in _ticks(low, high):
+        if low <= x <= high:
+            parts.append(_under(_LEFT + (x - low) / (high - low) * (_RIGHT - _LEFT), _short(x), "middle"))
+    for i, (name, values) in enumerate(shares.items()):
+        kind = "before over" if i else "after"
+        for k, share in enumerate(values):
+            height = share / y_ticks[-1] * (_BOTTOM - _TOP)
+            box = f'x="{xs[k]:.1f}" width="{max(0.5, xs[k + 1] - xs[k] - 0.7):.1f}"'
+            box += f' y="{_BOTTOM - height:.1f}" height="{height:.1f}" class="{kind}"'
+            hover = f"{name}, {_short(edges[k])} to {_short(edges[k + 1])}: {share:.2f} %"
+            parts.append(f"<rect {box}><title>{_escaped(hover)}</title></rect>")
+        if len(shares) > 1:
+            parts.append(f'<rect x="{_LEFT + 8}" y="{_TOP + 4 + 18 * i}" width="10" height="10" class="{kind}"/>')
+            parts.append(f'<text x="{_LEFT + 24}" y="{_TOP + 13 + 18 * i}" class="soft">{_escaped(name)}</text>')
+    if mark is not None and low <= mark[0] <= high:
+        parts.append(_mark(_LEFT + (mark[0] - low) / (high - low) * (_RIGHT - _LEFT), mark[1]))
+    return f"<figure>{caption}{_svg(_CHART_WIDTH, _CHART_HEIGHT, f'histogram: {title}', ''.join(parts))}</figure>"
 
 
 def training_curves(metrics: Sequence[Mapping[str, float]]) -> str:
@@ -202,10 +254,15 @@ def training_curves(metrics: Sequence[Mapping[str, float]]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' if charts else paragraph("no metrics were logged")
 
 
+def clip(text: str, length: int) -> str:
+    """`text`, cut to `length` characters with a mark where it is longer."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def _bar_group(row: tuple[str, float | None, float], top: int, height: int, scale: float, paired: bool) -> str:
     """Name, one or two bars and the difference."""
     name, before, after = row
-    middle, label = top + height // 2, escape(_clip(name, 34))
+    middle, label = top + height // 2, _escaped(clip(name, 34))
     parts = [f'<text x="{_BARS_START - 10}" y="{middle + 3}" text-anchor="end">{label}</text>']
     values = [("before", before), ("after", after)] if paired else [("after", after)]
     parts += [_bar(top + 5 + 17 * i, scale, kind, name, value) for i, (kind, value) in enumerate(values)]
@@ -221,15 +278,40 @@ def _bar(y: int, scale: float, kind: str, name: str, value: float | None) -> str
     if value is None:
         return f'<text x="{_BARS_START + 4}" y="{y + 11}" class="soft">not measured</text>'
     length = max(1.0, value * scale)
-    hover = f"<title>{escape(name)}, {kind}: {value:.2f}</title>"
+    hover = f"<title>{_escaped(name)}, {kind}: {value:.2f}</title>"
     box = f'x="{_BARS_START}" y="{y}" width="{length:.1f}" height="14"'
     number = f'<text x="{_BARS_START + length + 6:.1f}" y="{y + 11}" class="soft">{value:.2f}</text>'
     return f'<rect {box} rx="3" class="{kind}">{hover}</rect>{number}'
 
 
+def _grid(y_ticks: Sequence[float]) -> list[str]:
+    """Horizontal lines of a chart with their values."""
+    parts = []
+    for tick in y_ticks:
+        up = (tick - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        y = _TOP + (1 - up) * (_BOTTOM - _TOP)
+        parts.append(f'<line x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end" class="soft">{_short(tick)}</text>')
+    return parts
+
+
+def _mark(x: float, name: str) -> str:
+    """A vertical line across a chart's area, its name on the side with more room."""
+    side, shift = ("end", -5) if x > (_LEFT + _RIGHT) / 2 else ("start", 5)
+    place = f'x="{x + shift:.1f}" y="{_TOP + 12}" text-anchor="{side}"'
+    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_BOTTOM}" class="mark"/>'
+    return f'{line}<text {place} class="down">{_escaped(name)}</text>'
+
+
+def _under(x: float, text: str, anchor: str) -> str:
+    """A text below a chart's area."""
+    place = f'x="{x:.1f}" y="{_CHART_HEIGHT - 6}" text-anchor="{anchor}"'
+    return f'<text {place} class="soft">{_escaped(text)}</text>'
+
+
 def _svg(width: float, height: float, name: str, inner: str) -> str:
     return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(name)}" '
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{_escaped(name)}" '
         f'xmlns="http://www.w3.org/2000/svg">{inner}</svg>'
     )
 
@@ -270,5 +352,5 @@ def _is_number(value: Cell) -> bool:
     return isinstance(value, int | float)
 
 
-def _clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _escaped(text: str) -> str:
+    return escape(_NOT_XML.sub("\ufffd", text))

@@ -1,0 +1,169 @@
+"""Pages: well-formed, escaped, self-contained."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gist_ray import html
+
+NASTY = "<script>alert('x')</script> & \"quotes\""
+CONTROL = "a\x00\x0b\x1f\ud800\udfff\ufffe\uffff\tb"
+
+
+def parse(page: str) -> ElementTree.Element:
+    return ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
+
+
+def words(piece: str) -> str:
+    return " ".join(parse(f"<x>{piece}</x>").itertext())
+
+
+def full_page() -> str:
+    metrics = [
+        {
+            "step": i,
+            "loss": 3 / (i + 1),
+            "learning_rate": 2e-5,
+            "masked_share": 0.1,
+            "tokens_per_s": 9000.0 + i,
+        }
+        for i in range(100)
+    ]
+    return html.render_report(
+        NASTY,
+        NASTY,
+        [
+            html.tiles([(NASTY, NASTY, NASTY)]),
+            html.section(NASTY, html.paragraph(NASTY), html.bars_before_after([(NASTY, 50.0, 61.25)])),
+            html.section("table", html.table([NASTY, "score"], [[NASTY, 1.0], [None, None]])),
+            html.section("training", html.training_curves(metrics)),
+        ],
+    )
+
+
+def test_page_is_well_formed_and_escapes_every_text():
+    source = full_page()
+    page = parse(source)
+    assert source.startswith("<!DOCTYPE html>")
+    assert not list(page.iter("script"))
+    assert "<script" not in source
+    assert page.findtext("head/title") == NASTY
+    assert page.findtext("body/main/h1") == NASTY
+
+
+def test_page_needs_nothing_from_outside():
+    source = full_page().replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?://|src=|href=|url\(|@import", source)
+    assert "prefers-color-scheme: dark" in source
+
+
+def test_bars_show_values_and_the_gain():
+    text = words(html.bars_before_after([("up", 50.0, 61.25), ("down", 3.0, 2.0), ("new", None, 7.0)]))
+    for expected in ("50.00", "61.25", "+11.25", "-1.00", "not measured", "7.00", "before"):
+        assert expected in text
+    assert "before" not in words(html.bars_before_after([("alone", None, 7.0)]))
+
+
+def test_bars_are_proportional_and_stay_inside():
+    svg = parse(f"<x>{html.bars_before_after([('a', 25.0, 100.0), ('zero', 0.0, 0.0)])}</x>")
+    bars = [rect for rect in svg.iter() if rect.tag.endswith("rect") and rect.get("height") == "14"]
+    widths = [float(rect.get("width")) for rect in bars]
+    assert widths[1] == pytest.approx(4 * widths[0], rel=1e-3)
+    assert widths[1] + 230 <= 690
+    assert widths[2:] == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=60))
+def test_any_series_makes_a_well_formed_chart_inside_its_box(values):
+    chart = parse(html.line_chart("loss", list(range(len(values))), values, "nats"))
+    for line in (element for element in chart.iter() if element.tag.endswith("polyline")):
+        for point in line.get("points").split():
+            x, y = map(float, point.split(","))
+            assert 0 <= x <= 420 and 0 <= y <= 200
+
+
+def test_series_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        html.line_chart("loss", [1, 2], [1.0])
+    with pytest.raises(ValueError, match="2 cells"):
+        html.table(["a", "b"], [["only one"]])
+
+
+@pytest.mark.parametrize("low,high", [(0.0, 1.0), (0.42, 0.44), (1e-6, 2e-5), (-3.0, 5.0), (7.0, 7.0), (0.0, 0.0)])
+def test_ticks_are_round_and_enclose_the_data(low, high):
+    ticks = html._ticks(low, high)
+    assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12
+    assert 2 <= len(ticks) <= 7
+
+
+def test_curves_without_metrics_say_so():
+    assert "no metrics" in html.training_curves([])
+    assert "no data" in html.line_chart("loss", [], [])
+
+
+def test_numbers_align_right_and_missing_ones_are_a_dash():
+    source = html.table(["name", "score", "rows"], [["a", 1.0, 1234], ["b", None, 5]])
+    assert '<td class="number">1.00</td>' in source and '<td class="number">–</td>' in source
+    assert "1,234" in source and "<td>a</td>" in source
+
+
+def test_characters_that_xml_forbids_are_replaced():
+    pieces = [
+        html.paragraph(CONTROL),
+        html.tiles([(CONTROL, CONTROL, CONTROL)]),
+        html.table([CONTROL], [[CONTROL]]),
+        html.bars_before_after([(CONTROL, 1.0, 2.0)]),
+        html.line_chart(CONTROL, [1, 2], [1, 2], CONTROL, x_name=CONTROL),
+        html.histogram(CONTROL, [0, 1], {CONTROL: [1], "b": [1]}, CONTROL, mark=(0.5, CONTROL)),
+    ]
+    for piece in pieces:
+        piece.encode()
+        assert "a" + 7 * "\ufffd" + "\tb" in words(piece)
+    assert words(html.paragraph("\U0001f600 \ue000 \ud7ff")) == "\U0001f600 \ue000 \ud7ff"
+
+
+def rects(chart: str, kind: str) -> list[dict[str, float]]:
+    """Bars of a chart, with `left`, `right`, `top` and `bottom`; the legend's squares are not among them."""
+    found = [r for r in parse(chart).iter() if r.tag.endswith("rect") and r.get("class") == kind and len(r)]
+    sides = [{k: float(r.get(k)) for k in ("x", "y", "width", "height")} for r in found]
+    return [
+        {"left": s["x"], "right": s["x"] + s["width"], "top": s["y"], "bottom": s["y"] + s["height"]} for s in sides
+    ]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)), min_size=1, max_size=60),
+    st.floats(-1e6, 1e6),
+    st.floats(1e-3, 1e3),
+)
+def test_any_histogram_stands_on_its_axis_inside_its_box(counts, low, step):
+    edges = [low + step * i for i in range(len(counts) + 1)]
+    series = {"p": [a for a, _ in counts], "n": [b for _, b in counts]}
+    chart = html.histogram("similarity", edges, series, mark=(edges[0], "limit"))
+    for kind in ("after", "before over"):
+        for bar in rects(chart, kind):
+            assert bar["bottom"] == pytest.approx(176, abs=0.11)
+            assert 56 <= bar["left"] and bar["right"] <= 411 and bar["top"] >= 9.9
+
+
+def test_histogram_bars_are_shares_of_their_own_series():
+    chart = html.histogram("t", [0, 1, 2, 3], {"p": [1, 2, 1], "n": [10, 0, 0]}, mark=(2.0, "limit"))
+    first, second = rects(chart, "after"), rects(chart, "before over")
+    heights = [bar["bottom"] - bar["top"] for bar in first]
+    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2) and heights[0] == heights[2]
+    assert second[0]["bottom"] - second[0]["top"] == pytest.approx(4 * heights[0], abs=0.4)
+    assert "p, 1 to 2: 50.00 %" in words(chart) and "limit" in words(chart)
+    alone = html.histogram("t", [0, 1], {"p": [1], "n": [0]}, mark=(7.0, "limit"))
+    assert "limit" not in words(alone) and "before" not in alone  # out of range; nothing to draw, no legend
+    assert "no data" in html.histogram("t", [0, 1], {"p": [0]})
+    with pytest.raises(ValueError, match="2 edges"):
+        html.histogram("t", [0, 1], {"p": [1, 2]})
+
+
+def test_tall_tables_scroll():
+    assert 'class="scroll tall"' in html.table(["a"], [["b"]], tall=True)
+    assert "tall" not in html.table(["a"], [["b"]])
+    assert html.clip("abcdef", 4) == "abc…" and html.clip("abcd", 4) == "abcd"
