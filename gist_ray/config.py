@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from gist_ray.errors import InputError
 
@@ -24,17 +24,53 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_Tree = TypeVar("_Tree", bound=_Section)
+
+
+Role = Literal["query", "pos", "neg"]
+_COLUMNS = frozenset(
+    ("query", "pos", "neg", "task_name", "query_instruct", "pos_instruct", "neg_instruct", "text", "label")
+)
+
+
 class SourceConfig(_Section):
-    """One place that triplets come from: a file, a folder, a glob, or a Hugging Face dataset id."""
+    """One place that rows come from: a file, a folder, a glob, a bucket, or a Hugging Face dataset id."""
 
     path: str
-    """Local path or glob (Parquet, JSONL, JSONL.gz, CSV, raw MEDI JSON), or `hf://org/dataset`."""
+    """Local path or glob, `s3://…`, `gs://…` (Parquet, JSONL, CSV, raw MEDI JSON; `.gz` too), or `hf://org/dataset`."""
     revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
     """Commit of the Hub dataset, 40 hex digits. Required for `hf://`, so that a run can be repeated."""
     split: str = "train"
+    columns: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """Our column name to the source's, e.g. `{query: question, pos: answer, neg: [wrong_1, wrong_2]}`. Only `neg` may
+    take several."""
     task_name: str | None = None
     """Overrides the task of every row of this source."""
+    tasks: str | None = None
+    """Regular expression, found anywhere in the task's name: rows of other tasks are left out, and counted."""
     max_rows: int | None = Field(default=None, ge=1)
+    """Rows of the selected tasks after which reading stops, rejected ones included."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """How often an epoch shows each row. 0.5 shows half of them, the other half in the next epoch."""
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_known(cls, columns: dict[str, Any]) -> dict[str, Any]:
+        for ours, theirs in columns.items():
+            if ours not in _COLUMNS:
+                raise ValueError(f"`{ours}` is none of our columns; they are {', '.join(sorted(_COLUMNS))}")
+            if ours != "neg" and not isinstance(theirs, str):
+                raise ValueError(f"`{ours}` takes one column, not {list(theirs)}; only `neg` takes several")
+        return columns
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_compile(cls, tasks: str | None) -> str | None:
+        try:
+            re.compile(tasks or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return tasks
 
     @model_validator(mode="after")
     def _hub_is_pinned(self) -> SourceConfig:
@@ -43,14 +79,28 @@ class SourceConfig(_Section):
         return self
 
 
+class FilterConfig(_Section):
+    """Rows to leave out by what the guide says of them. Off by default; what is left out is a counted reject."""
+
+    guide_order: bool = False
+    """Drop rows where the guide ranks a negative above the positive: guide(q, p) < guide(q, n)."""
+    min_similarity: float | None = Field(default=None, ge=-1, le=1)
+    """Drop rows with guide(q, p) below this."""
+
+
 class DataConfig(_Section):
     """What is trained on."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    keep_instructions: bool = False
-    """Prefix each text with its `*_instruct` column. The paper drops them."""
+    instructions: frozenset[Role] = frozenset()
+    """Roles whose texts are prefixed with their `*_instruct` column. The paper drops all instructions."""
     max_chars: int = Field(default=100_000, ge=1)
     """A row with a longer text is rejected, with this reason: it is almost always a parsing accident."""
+    filters: FilterConfig = FilterConfig()
+
+    @field_serializer("instructions")
+    def _sorted(self, roles: frozenset[Role]) -> list[str]:
+        return sorted(roles)  # a set has no order of its own, a fingerprint needs one
 
 
 class ModelConfig(_Section):
@@ -99,6 +149,9 @@ class GuideConfig(ModelConfig):
 
     batch_tokens: int | None = Field(default=None, ge=16)
     """Padded tokens per guide forward. None: what suits the device."""
+    vectors_dir: str | None = None
+    """Where guide vectors are kept for other runs. None: `output_dir/guide-vectors`. They are found by content: guide,
+    settings and text."""
 
 
 class LossConfig(_Section):
@@ -125,6 +178,11 @@ class TrainConfig(_Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    task_temperature: float = Field(default=1.0, ge=1)
+    """Order of the tasks in an epoch: its first batch is of a task with probability ~ batches^(1/temperature). 1 mixes
+    evenly; more brings small tasks forward. Every row is shown once all the same."""
+    length_window: int = Field(default=32, ge=1)
+    """Batches within which rows are sorted by length before they are cut into batches. 1: no sorting."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """None: what the model folder says. 0 makes the result independent of the number of workers, to rounding."""
     seed: int = Field(default=42, ge=0)
@@ -192,6 +250,31 @@ class ServingConfig(_Section):
         return self
 
 
+class MineConfig(_Section):
+    """How triplets are mined."""
+
+    source: SourceConfig
+    guide: GuideConfig
+    kind: Literal["auto", "labels", "pairs"] = "auto"
+    """labels: rows of `text`, `label`. pairs: rows of `query`, `pos` and maybe `neg`. auto: by the columns."""
+    top_k: int = Field(default=100, ge=1)
+    """labels: the positive is one of the `top_k` most similar texts of the same label. Hard negatives: candidates kept
+    of each query."""
+    temperature: float = Field(default=0.05, gt=0)
+    """labels: the positive is drawn with probability softmax(similarity / temperature)."""
+    negatives: Literal["uniform", "hard"] | None = None
+    """labels: uniform over the texts of other labels (the paper; the default), or guided-hard. pairs: always hard."""
+    num_negatives: int = Field(default=1, ge=0, le=64)
+    margin: float = Field(default=0.05, ge=-1, lt=1)
+    """Hard: a candidate is taken only when guide(q, candidate) < guide(q, p) - margin * |guide(q, p)| (NV-Retriever's
+    TopK-PercPos at 95 %)."""
+    sampling: Literal["random", "top"] = "random"
+    """Hard: draw uniformly from the candidates left, or take the most similar."""
+    max_chars: int = Field(default=100_000, ge=1)
+    seed: int = Field(default=1029, ge=0)
+    cluster: ClusterConfig = ClusterConfig()
+
+
 class Recipe(_Section):
     """Everything about a run."""
 
@@ -222,6 +305,10 @@ class Recipe(_Section):
     def shards_dir(self) -> Path:
         """Where `prepare` writes."""
         return self.run_dir() / "shards"
+
+    def guide_vectors_dir(self) -> Path:
+        """Where guide vectors are kept for all runs."""
+        return Path(self.guide.vectors_dir or Path(self.output_dir) / "guide-vectors").expanduser().absolute()
 
     def checkpoint_dir(self) -> Path:
         """Where `train` writes its finished checkpoint."""
@@ -254,10 +341,25 @@ def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     Raises:
         InputError: one line per problem, each with its place.
     """
+    return _validated(Recipe, tree, origin)
+
+
+def mine_config(tree: dict[str, Any], overrides: tuple[str, ...] = ()) -> MineConfig:
+    """Validate the settings of `mine`, after `a.b=value` overrides.
+
+    Raises:
+        InputError: one line per problem, each with its place.
+    """
+    for override in overrides:
+        _apply(tree, override)
+    return _validated(MineConfig, tree, "mine")
+
+
+def _validated(kind: type[_Tree], tree: dict[str, Any], origin: str) -> _Tree:
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem, kind) for problem in error.errors()]
         raise InputError(f"{origin}: " + "; ".join(lines)) from None
 
 
@@ -295,15 +397,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[leaf] = parsed
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, root: type[BaseModel]) -> str:
     place = [str(part) for part in problem["loc"]]
     dotted = ".".join(place) or "recipe"
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], _keys_beside(place), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(place[-1], _keys_beside(place, root), n=1, cutoff=0.5)
         hint = (
             f"did you mean `{'.'.join([*place[:-1], near[0]])}`?"
             if near
-            else ("valid keys: " + ", ".join(_keys_beside(place)))
+            else ("valid keys: " + ", ".join(_keys_beside(place, root)))
         )
         return f"unknown key `{dotted}`; {hint}"
     if problem["type"] == "missing":
@@ -312,8 +414,8 @@ def _explain(problem: Any) -> str:
     return f"`{dotted}`: {message}" + ("" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})")
 
 
-def _keys_beside(place: list[str]) -> list[str]:
-    model: Any = Recipe
+def _keys_beside(place: list[str], root: type[BaseModel]) -> list[str]:
+    model: Any = root
     for part in place[:-1]:
         if part.isdigit():
             continue

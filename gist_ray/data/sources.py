@@ -1,336 +1,256 @@
-"""Sources: where triplets come from. Files and Hub datasets become one stream of rows; nothing is dropped silently."""
+"""Sources: where rows come from. Files and Hub datasets become one stream of rows; nothing is dropped silently."""
 
 from __future__ import annotations
 
-import csv
-import gzip
+import difflib
 import itertools
-import json
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
-
-import pyarrow as pa
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from gist_ray.config import DataConfig, SourceConfig
+from gist_ray.data.files import UNREADABLE, file_digest, file_size, is_local, list_files, readable_error, shown
+from gist_ray.data.formats import SUFFIXES, Head, Reject, kind_of, look, look_hub, read_hub, read_rows
+from gist_ray.data.rows import (
+    LABEL_KEYS,
+    ROLES,
+    TASK_KEYS,
+    Labelled,
+    LabelledParser,
+    Triplet,
+    TripletParser,
+    their_columns,
+)
 from gist_ray.errors import InputError
-from gist_ray.manifest import digest_files
+from gist_ray.manifest import digest_of
 
-_SUFFIXES = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".csv.gz": "csv",
-    ".json": "medi",
-    ".json.gz": "medi",
-}
-_ROLES = ("query", "pos", "neg")
-_TASK_KEYS = ("task_name", "task_type", "task_id")
-_UNREADABLE = (OSError, EOFError, csv.Error, zlib.error, pa.ArrowException)
-_CSV_CELL_LIMIT = 1 << 27
+__all__ = [
+    "Labelled",
+    "Reject",
+    "Triplet",
+    "Unit",
+    "columns_of",
+    "content_digest",
+    "find_units",
+    "parse_row",
+    "read_labelled",
+    "read_unit",
+]
+
+_ROWS_PER_PART = 100_000
+_BYTES_PER_PART = 64 << 20
+_LOOKERS = 16  # threads that look at files: a bucket answers each request in tens of milliseconds
+
+Kind = Literal["triplets", "labels"]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one reading task reads: a file, or a whole source where its rows are capped or come from the Hub."""
+    """What one reading task reads: a file or a part of it, or a whole source where its rows are capped."""
 
     files: tuple[str, ...]
     kind: str
+    """parquet, jsonl, csv, medi or hub."""
     source: SourceConfig
+    number: int
+    """Index of the source in the list given."""
+    part: tuple[int, int] | None = None
+    """Row groups [a, b) of a Parquet file, bytes [a, b) of a JSONL file in which its lines start, or (shard, number of
+    shards) of a Hub dataset. None: all."""
+    first_row: int = 0
+    """Rows of the file before this part where that is known (Parquet), else 0."""
 
     @property
     def name(self) -> str:
         """What a message to the user calls it."""
-        return self.files[0] if len(self.files) == 1 else self.source.path
+        whole = shown(self.files[0] if len(self.files) == 1 else self.source.path)
+        if self.part is None:
+            return whole
+        if self.kind == "hub":
+            return f"{whole}[shard {self.part[0]} of {self.part[1]}]"
+        return f"{whole}[{'bytes' if self.kind == 'jsonl' else 'row groups'} {self.part[0]}-{self.part[1]}]"
 
 
-@dataclass(frozen=True)
-class Triplet:
-    """One valid row. `negatives` may be empty."""
-
-    query: str
-    positive: str
-    negatives: tuple[str, ...]
-    task: str
+# Units ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reject:
-    """One row that cannot be used, and why."""
+def find_units(sources: Sequence[SourceConfig], kind: Kind = "triplets") -> list[Unit]:
+    """Resolve sources, in order, look at the columns of each file, and cut large files into parts.
 
-    reason: str
-    row: Any
-
-
-def find_units(data: DataConfig) -> list[Unit]:
-    """Resolve the sources of a recipe, in order, and look at the columns of each file.
+    Where files are cut depends on them alone, never on the number of workers.
 
     Raises:
         InputError: a path that matches nothing, an unknown format, a Hub dataset that cannot be had, or a file
             without the required columns.
     """
-    units: list[Unit] = []
-    for source in data.sources:
-        if source.path.startswith("hf://"):
-            name = source.path.removeprefix("hf://")
-            _check_columns(name, "hub", source)
-            units.append(Unit((name,), "hub", source))
-            continue
-        files = _matching_files(source.path)
-        kinds = {_kind(file) for file in files}
-        for file in files:
-            _check_columns(str(file), _kind(file), source)
-        if source.max_rows is not None:
-            if len(kinds) > 1:
-                raise InputError(f"source {source.path} mixes formats {sorted(kinds)}; list them as separate sources")
-            units.append(Unit(tuple(map(str, files)), kinds.pop(), source))
-        else:
-            units += [Unit((str(file),), _kind(file), source) for file in files]
-    return units
+    return [unit for number, source in enumerate(sources) for unit in _units_of(source, number, kind)]
+
+
+def columns_of(source: SourceConfig) -> list[str]:
+    """Our names of the columns of a source's first file, after its `columns` mapping.
+
+    Raises:
+        InputError: as `find_units`, but for missing columns.
+    """
+    unit = _whole_files(source, 0)[0]
+    if unit.kind == "hub":
+        head = look_hub(unit.files[0], source.revision, source.split)[0]
+    else:
+        head = look(unit.files[0], unit.kind, ())
+    theirs = head.columns or []
+    mapped = {ours: their_columns(source, ours) for ours in source.columns}
+    taken = {name for names in mapped.values() for name in names}
+    ours = [name for name, names in mapped.items() if set(names) <= set(theirs)]
+    return [name for name in theirs if name not in taken and name not in mapped] + ours
 
 
 def content_digest(unit: Unit) -> str:
-    """What identifies the content of a unit: the bytes of its files, or the pinned Hub revision."""
+    """What identifies the content of a unit's files (all of them, whatever its part), or the pinned Hub revision."""
     if unit.kind == "hub":
         return f"{unit.files[0]}@{unit.source.revision}:{unit.source.split}"
-    return digest_files([Path(file) for file in unit.files])
+    try:
+        digests = [file_digest(file) for file in unit.files]
+    except UNREADABLE as error:
+        raise readable_error(unit.files[0], error) from error
+    return digests[0] if len(digests) == 1 else digest_of(digests)
 
 
-def read_unit(unit: Unit, *, keep_instructions: bool, max_chars: int) -> Iterator[Triplet | Reject]:
-    """Stream the rows of a unit in order, each as a triplet or as a reject with its reason.
+def _units_of(source: SourceConfig, number: int, kind: Kind) -> list[Unit]:
+    units = _whole_files(source, number)
+    columns = _columns_read(source, kind)
+    if units[0].kind == "hub":
+        head, shards = look_hub(units[0].files[0], source.revision, source.split)
+        _check_columns(units[0], head, kind)
+        if source.max_rows is not None or shards == 1:
+            return units
+        return [replace(units[0], part=(shard, shards)) for shard in range(shards)]
+    with ThreadPoolExecutor(_LOOKERS) as pool:
+        heads = list(pool.map(lambda unit: look(unit.files[0], unit.kind, columns), units))
+    for unit, head in zip(units, heads, strict=True):
+        _check_columns(unit, head, kind)
+    if source.max_rows is None:
+        return [part for unit, head in zip(units, heads, strict=True) for part in _parts(unit, head)]
+    kinds = {unit.kind for unit in units}
+    if len(kinds) > 1:
+        raise InputError(f"source {shown(source.path)} mixes formats {sorted(kinds)}; list them as separate sources")
+    return [replace(units[0], files=tuple(unit.files[0] for unit in units))]
+
+
+def _whole_files(source: SourceConfig, number: int) -> list[Unit]:
+    """One unit for each file of a source, or for its Hub dataset."""
+    if source.path.startswith("hf://"):
+        return [Unit((source.path.removeprefix("hf://"),), "hub", source, number)]
+    files = list_files(source.path, lambda name: kind_of(name) is not None)
+    known = ", ".join(sorted(SUFFIXES))
+    if not files:
+        raise InputError(
+            f"source {shown(source.path)} does not exist or holds no data file; give a file, folder or glob of {known}"
+        )
+    units = []
+    for file in files:
+        kind = kind_of(shown(file))
+        if kind is None:
+            raise InputError(f"{shown(file)} has an unknown format; known: {known}")
+        units.append(Unit((file,), kind, source, number))
+    return units
+
+
+def _parts(unit: Unit, head: Head) -> Iterator[Unit]:
+    """Cut a large file: Parquet between row groups, uncompressed local JSONL at fixed bytes."""
+    file = unit.files[0]
+    if unit.kind == "parquet":
+        cuts, rows, row = [0], [0], 0
+        for i, group_rows in enumerate(head.group_rows, start=1):
+            row += group_rows
+            if row - rows[-1] >= _ROWS_PER_PART or i == len(head.group_rows):
+                cuts.append(i)
+                rows.append(row)
+    elif unit.kind == "jsonl" and is_local(file) and not file.endswith(".gz"):
+        cuts = [*range(0, file_size(file), _BYTES_PER_PART), file_size(file)]
+        rows = [0] * len(cuts)
+    else:
+        cuts, rows = [], []
+    if len(cuts) <= 2:
+        yield unit
+        return
+    for part, first_row in zip(itertools.pairwise(cuts), rows, strict=False):
+        yield replace(unit, part=part, first_row=first_row)
+
+
+def _columns_read(source: SourceConfig, kind: Kind, instructions: Collection[str] = ROLES) -> tuple[str, ...]:
+    """All columns of a source that may be looked at. `instructions`: roles whose instructions are."""
+    of_kind = (
+        ("text", *LABEL_KEYS) if kind == "labels" else (*ROLES, *(f"{r}_instruct" for r in ROLES if r in instructions))
+    )
+    return tuple(dict.fromkeys(name for ours in (*TASK_KEYS, *of_kind) for name in their_columns(source, ours)))
+
+
+def _check_columns(unit: Unit, head: Head, kind: Kind) -> None:
+    """So that a wrong path, format or column is said before Ray starts."""
+    if head.columns is None:
+        return  # bad rows are rejects, not a bad file
+    present, source = head.columns, unit.source
+    needed = {"triplets": ("query", "pos"), "labels": ("text", "label")}[kind]
+    for ours in dict.fromkeys((*needed, *source.columns)):
+        if ours == "label" and ours not in source.columns and "label_text" in present:
+            continue
+        missing = next((name for name in their_columns(source, ours) if name not in present), None)
+        if missing is not None:
+            raise InputError(_missing_column(unit.name, ours, missing, [str(name) for name in present], needed))
+
+
+def _missing_column(file: str, ours: str, missing: str, present: list[str], needed: tuple[str, ...]) -> str:
+    lower = {name.lower(): name for name in present if name not in needed}
+    near = difflib.get_close_matches(missing.lower(), lower, n=1, cutoff=0.4)
+    hint = f"did you mean `{lower[near[0]]}`? Then" if near else "where it has another name,"
+    return (
+        f"{file} has no column `{missing}`; it has {', '.join(present) or 'none'}. Required: {', '.join(needed)}. "
+        f"{hint[0].upper()}{hint[1:]} add `columns: {{{ours}: {lower[near[0]] if near else '...'}}}` to the source"
+    )
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def read_unit(unit: Unit, data: DataConfig) -> Iterator[Triplet | Reject | None]:
+    """Stream the rows of a unit in order: triplets, rejects with their reason, None for a task that is not selected.
 
     Raises:
-        InputError: the file as a whole cannot be read.
+        InputError: a file as a whole cannot be read.
     """
-    try:
-        rows = itertools.chain.from_iterable(_read(file, unit) for file in unit.files)
-        for row in itertools.islice(rows, unit.source.max_rows):
-            yield parse_row(row, unit.source.task_name, keep_instructions, max_chars)
-    except _UNREADABLE as error:
-        raise InputError(f"{unit.name} cannot be read: {error}") from error
+    columns = _columns_read(unit.source, "triplets", data.instructions)
+    return _capped(unit, columns, TripletParser(unit.source, data))
 
 
-def parse_row(row: Any, task_override: str | None, keep_instructions: bool, max_chars: int) -> Triplet | Reject:
+def read_labelled(unit: Unit, max_chars: int) -> Iterator[Labelled | Reject | None]:
+    """Stream the rows of a unit as labelled texts; otherwise as `read_unit`.
+
+    The label is `label_text` where there is one, else `label`; whole numbers are taken as their digits.
+    """
+    return _capped(unit, _columns_read(unit.source, "labels"), LabelledParser(unit.source, max_chars))
+
+
+def parse_row(row: Any, source: SourceConfig, data: DataConfig) -> Triplet | Reject | None:
     """Validate one raw row: the seven-column schema, or raw MEDI (`[instruction, text]` in each role)."""
-    if isinstance(row, Reject):
-        return row
-    if not isinstance(row, dict):
-        return Reject(f"row is a {type(row).__name__}, not an object", row)
-    texts: dict[str, list[str]] = {}
-    medi = isinstance(row.get("query"), list)
-    for role in _ROLES:
-        cells = _cells(row.get(role), role, medi)
-        if isinstance(cells, str):
-            return Reject(cells, row)
-        instruct = row.get(f"{role}_instruct") or ""
-        prefixed = [(i or instruct, text) for i, text in cells]
-        texts[role] = [f"{i} {text}" if keep_instructions and i else text for i, text in prefixed]
-        problem = next(filter(None, (_problem(text, role, max_chars) for text in texts[role])), None)
-        if problem:
-            return Reject(problem, row)
-    query, positive, negatives = texts["query"][0], texts["pos"][0], tuple(dict.fromkeys(texts["neg"]))
-    if query == positive:
-        return Reject("pos equals query", row)
-    if query in negatives or positive in negatives:
-        return Reject(f"neg equals {'query' if query in negatives else 'pos'}", row)
-    found = task_override or next((row[key] for key in _TASK_KEYS if row.get(key) not in (None, "")), "default")
-    if problem := _problem(str(found), "task_name", max_chars):
-        return Reject(problem, row)
-    return Triplet(query, positive, negatives, str(found))
+    parsed: Triplet | Reject | None = TripletParser(source, data)(row)
+    return parsed
 
 
-def _cells(value: Any, role: str, medi: bool) -> list[tuple[str, str]] | str:
-    """(instruction, text) pairs of a role, or the reason why there are none. `medi`: each text is such a pair."""
-    if role == "neg" and (value is None or value == "" or value == []):
-        return []
-    if value is None:
-        return f"{role} is missing"
-    several = role == "neg" and isinstance(value, list) and (not medi or isinstance(value[0], list))
-    cells: list[tuple[str, str]] = []
-    for part in value if several else [value]:
-        if medi and isinstance(part, list) and len(part) == 2 and all(isinstance(text, str) for text in part):
-            cells.append((part[0].strip(), part[1].strip()))
-        elif isinstance(part, str) and not medi:
-            cells.append(("", part))
-        else:
-            return f"{role} is not a string ({type(part).__name__})"
-    return cells
+def _capped(unit: Unit, columns: tuple[str, ...], parse: Callable[[Any], Any]) -> Iterator[Any]:
+    left = unit.source.max_rows
+    for raw in _raw_rows(unit, columns):
+        row = parse(raw)
+        yield row
+        if left is not None and row is not None:
+            left -= 1
+            if not left:
+                return
 
 
-def _problem(text: str, role: str, max_chars: int) -> str | None:
-    if not text.strip():
-        return f"{role} is empty"
-    if len(text) > max_chars:
-        return f"{role} has more than {max_chars} characters"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return f"{role} is not valid Unicode"
-    return None
-
-
-def _matching_files(path: str) -> list[Path]:
-    place = Path(path).expanduser()
-    if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.is_file() and _kind(file, None))
-    else:
-        files = sorted(match for match in _glob(place) if match.is_file())
-    if not files:
-        known = ", ".join(sorted(_SUFFIXES))
-        raise InputError(f"source {path} does not exist or holds no data file; give a file, folder or glob of {known}")
-    return [file.absolute() for file in files]
-
-
-def _glob(pattern: Path) -> Iterator[Path]:
-    """What a path with wildcards matches; without any, or where it exists as it is, the path itself."""
-    if pattern.exists():
-        return iter([pattern])
-    fixed = next((i for i, part in enumerate(pattern.parts) if set(part) & set("*?[")), None)
-    if fixed is None:
-        return iter([pattern])
-    return Path(*pattern.parts[:fixed]).glob(str(Path(*pattern.parts[fixed:])))
-
-
-def _kind(file: Path, default: str | None = "") -> str:
-    for suffix, kind in _SUFFIXES.items():
-        if file.name.endswith(suffix):
-            return kind
-    if default is None:
-        return ""
-    raise InputError(f"{file} has an unknown format; known: {', '.join(sorted(_SUFFIXES))}")
-
-
-def _check_columns(file: str, kind: str, source: SourceConfig) -> None:
-    """Look at the first row, so that a wrong path, format or column is said before Ray starts."""
-    if kind == "parquet":
-        columns = _parquet(file).schema_arrow.names
-    else:
-        try:
-            first = next(_read(file, Unit((file,), kind, source)), None)
-        except _UNREADABLE as error:
-            raise InputError(f"{file} cannot be read: {error}") from error
-        if first is None:
-            raise InputError(f"{file} is empty; remove it from data.sources")
-        if not isinstance(first, dict):
-            return  # one bad row is a reject, not a bad file
-        columns = list(first)
-    doubled = sorted({name for name in columns if columns.count(name) > 1})
-    if doubled:
-        raise InputError(f"{file} has two columns named {doubled[0]}; rename one")
-    missing = [name for name in ("query", "pos") if name not in columns]
-    if missing:
-        raise InputError(
-            f"{file} has no column `{missing[0]}`; it has {', '.join(map(str, columns)) or 'none'}. "
-            "Required: query, pos; optional: neg, task_name, query_instruct, pos_instruct, neg_instruct"
-        )
-
-
-def _read(file: str, unit: Unit) -> Iterator[Any]:
+def _raw_rows(unit: Unit, columns: tuple[str, ...]) -> Iterator[Any]:
     if unit.kind == "hub":
-        yield from _read_hub(file, unit.source)
-    elif unit.kind == "parquet":
-        for batch in _parquet(file).iter_batches(batch_size=4096):
-            yield from batch.to_pylist()
-    else:
-        with _open(file) as stream:
-            yield from {"jsonl": _read_jsonl, "csv": _read_csv, "medi": _read_json_array}[unit.kind](stream)
-
-
-def _open(file: str) -> BinaryIO:
-    if file.endswith(".gz"):
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    return Path(file).open("rb")
-
-
-def _parquet(file: str) -> Any:
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-
-
-def _read_hub(name: str, source: SourceConfig) -> Iterator[Any]:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name, revision=source.revision, split=source.split, streaming=True)
-    except Exception as error:  # the hub client raises many unrelated types; each means "not to be had"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"dataset {name} at revision {source.revision} cannot be had from the Hub ({reason}); "
-            "check the id, the revision and the network, or download it and give a local path"
-        ) from error
-    yield from dataset
-
-
-def _read_jsonl(stream: BinaryIO) -> Iterator[Any]:
-    for number, line in enumerate(stream, start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-            shown = line[:200].decode("utf-8", errors="replace")
-            yield Reject("line is not valid JSON" if not isinstance(error, UnicodeDecodeError) else "not UTF-8", shown)
-
-
-def _read_csv(stream: BinaryIO) -> Iterator[Any]:
-    csv.field_size_limit(_CSV_CELL_LIMIT)
-    lines = (
-        line.decode("utf-8-sig" if number == 0 else "utf-8", "surrogateescape") for number, line in enumerate(stream)
-    )  # a bad byte becomes a surrogate, which rejects its row alone
-    reader = csv.reader(lines, strict=False)
-    header = next(reader, None)
-    if header is None:
+        yield from read_hub(unit.files[0], unit.source.revision, unit.source.split, unit.part)
         return
-    for cells in reader:
-        if len(cells) != len(header):
-            yield Reject(f"row has {len(cells)} cells, the header {len(header)}", cells)
-        elif len(set(header)) != len(header):
-            doubled = next(name for name in header if header.count(name) > 1)
-            raise csv.Error(f"two columns are named {doubled}")
-        else:
-            yield dict(zip(header, cells, strict=True))
-
-
-def _read_json_array(stream: BinaryIO) -> Iterator[Any]:
-    """Elements of a JSON array without holding the file: the 2.5 GB raw MEDI file is one array."""
-    decoder, text, done = json.JSONDecoder(), "", False
-    utf8 = _incremental_utf8()
-    opened = False
-    while True:
-        if not done:
-            block = stream.read(1 << 20)
-            done = not block
-            text += utf8.decode(block, final=done)
-        text = text.lstrip("\ufeff \t\r\n,")
-        if not opened and text:
-            if text[0] != "[":
-                raise OSError("a .json source must be an array of rows (raw MEDI); use .jsonl for one row a line")
-            text, opened = text[1:].lstrip(), True
-        while text and text[0] != "]":
-            try:
-                row, end = decoder.raw_decode(text)
-            except (ValueError, RecursionError):
-                break
-            yield row
-            text = text[end:].lstrip(" \t\r\n,")
-        if text[:1] == "]" or (done and not text.strip()):
-            return
-        if done:
-            yield Reject("the JSON array breaks off or is malformed here", text[:200])
-            return
-
-
-def _incremental_utf8() -> Any:
-    import codecs
-
-    return codecs.getincrementaldecoder("utf-8")("replace")
+    for file in unit.files:
+        yield from read_rows(file, unit.kind, columns, unit.part)
