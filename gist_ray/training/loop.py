@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gist_ray.config import Recipe
-from gist_ray.data.plan import plan_epoch, worker_rows
-from gist_ray.data.prepare import load_model
+from gist_ray.data.plan import Planner, worker_rows
 from gist_ray.data.shards import Shards
-from gist_ray.encoder import Encoder
+from gist_ray.encoder import Encoder, load_model
 from gist_ray.metrics import MetricsLog
 from gist_ray.training.checkpoint import restore, written_checkpoint
 from gist_ray.training.collectives import gather_rows
@@ -91,19 +90,34 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 def batches_from(shards: Shards, recipe: Recipe, epoch_steps: list[int], start_step: int) -> Iterator[tuple[int, Ids]]:
     """Yield (step, global batch of row numbers) from `start_step` to the end; finished epochs are not planned again."""
-    train, step = recipe.train, 0
+    planner, step = planner_for(shards, recipe), 0
     for epoch, steps in enumerate(epoch_steps):
         if start_step < step + steps:
-            plan = plan_epoch(shards.triplets, train.batch_size, train.seed, epoch)
-            skipped = max(0, start_step - step)
-            yield from enumerate(plan[skipped:], start=step + skipped)
+            plan = planner.epoch(epoch)
+            for number in range(max(0, start_step - step), steps):
+                yield step + number, plan[number]
         step += steps
 
 
 def count_steps(shards: Shards, recipe: Recipe) -> list[int]:
     """Optimizer steps of each epoch."""
+    planner = planner_for(shards, recipe)
+    return [len(planner.epoch(epoch)) for epoch in range(recipe.train.epochs)]
+
+
+def planner_for(shards: Shards, recipe: Recipe) -> Planner:
+    """The planner of a recipe's batches."""
     train = recipe.train
-    return [len(plan_epoch(shards.triplets, train.batch_size, train.seed, e)) for e in range(train.epochs)]
+    weights = np.array([source.weight for source in recipe.data.sources])
+    return Planner(
+        shards.triplets,
+        shards.texts.lengths,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        weights=None if (weights == 1).all() else weights[shards.triplets.source],
+        task_temperature=train.task_temperature,
+        length_window=train.length_window,
+    )
 
 
 def batch_loss(
@@ -115,21 +129,23 @@ def batch_loss(
     text follows from the plan, so only vectors travel. The returned loss is (world_size / B) * sum of own row losses:
     DeepSpeed's mean over workers makes it the mean over the batch.
     """
-    triplets, lengths = shards.triplets, shards.lengths
+    triplets, lengths = shards.triplets, shards.texts.lengths
     weights = lengths[triplets.query[batch]] + lengths[triplets.positive[batch]]
     rows_of = [worker_rows(batch, weights, r, world_size) for r in range(world_size)]
     texts_of = [triplets.texts_of(rows) for rows in rows_of]
     own = texts_of[rank]
     with torch.autocast(encoder.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
         if len(own):
-            vectors = encoder.embed(shards.tokens(own), batch_tokens=recipe.train.chunk_tokens)
+            vectors = encoder.embed(shards.texts.tokens(own), batch_tokens=recipe.train.chunk_tokens)
         else:  # fewer rows than workers: take part in the collectives with no rows, but through the model
-            vectors = encoder.embed(shards.tokens(texts_of[0][:1]))[:0]
+            vectors = encoder.embed(shards.texts.tokens(texts_of[0][:1]))[:0]
     everyone = gather_rows(vectors, [len(texts) for texts in texts_of])
 
     held = np.concatenate(texts_of)
     device = everyone.device
-    pool = Candidates(everyone, torch.from_numpy(shards.guide(held)).to(device), torch.from_numpy(held).to(device))
+    pool = Candidates(
+        everyone, torch.from_numpy(shards.texts.guide(held)).to(device), torch.from_numpy(held).to(device)
+    )
     order = np.argsort(held, kind="stable")
 
     def role(texts: Ids) -> Candidates:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from gist_ray.cluster import connected
 from gist_ray.config import Recipe
-from gist_ray.data.prepare import load_model, model_fingerprint, prepare
+from gist_ray.data.prepare import prepare
 from gist_ray.data.shards import Shards
+from gist_ray.encoder import load_model, model_fingerprint
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, read_manifest, write_json, write_manifest
 from gist_ray.metrics import METRICS, read_metrics
@@ -81,6 +82,7 @@ def checkpoint_fingerprint(recipe: Recipe, shards_dir: Path) -> dict[str, Any]:
         "student": model_fingerprint(recipe.student) | {"layers": recipe.student.layers},
         "loss": recipe.loss.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json", exclude=passive),
+        "source_weights": [source.weight for source in recipe.data.sources],
     }
 
 
