@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gist_ray.config import ModelConfig
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_files, digest_of
 
@@ -24,6 +25,7 @@ _LAYER_LISTS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers"
 # Padded tokens per forward. A CPU is fastest while a chunk's activations stay in cache (MiniLM: 1,024 beats 4,096 by
 # 1.35x in training and 1.1x in encoding, measured on 2 cores); a GPU wants to be filled.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
+_SIMILAR_LENGTH = 0.9
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 _PREFIXED_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -56,10 +58,12 @@ class Encoder:
         layers: Sequence[int] | None = None,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        weights: bool = True,
     ) -> Encoder:
         """Load a sentence-transformers folder, a bare transformers folder or a Hub id.
 
-        Only safetensors weights are read: pickled weights can run code.
+        Only safetensors weights are read: pickled weights can run code. `weights=False` leaves them out: such an
+        encoder tokenizes, and cannot embed.
 
         Raises:
             InputError: no such folder or Hub id, no safetensors, a module or pooling we do not compute, too many
@@ -73,7 +77,7 @@ class Encoder:
                 "Save the model with safe_serialization=True"
             )
         from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # a bar per load would drown the run's own progress
@@ -81,23 +85,19 @@ class Encoder:
         try:
             config = AutoConfig.from_pretrained(transformer_dir, **shared)
             tokenizer = AutoTokenizer.from_pretrained(transformer_dir, **shared)
-            model, info = AutoModel.from_pretrained(
-                transformer_dir, config=config, use_safetensors=True, dtype=torch.float32,
-                output_loading_info=True, **shared,
-            )  # fmt: skip
+            model = _load_weights(transformer_dir, config, **shared).eval().to(device) if weights else None
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{folder} cannot be loaded as an encoder: {str(error).splitlines()[0]}") from error
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # pooler: unused
-        if missing:
-            raise InputError(f"{folder} is not a whole encoder: no weights for {missing[0]} ({len(missing)} missing)")
-        if layers is not None:
+        if layers is not None and weights:
             _keep_layers(model, layers, str(path))
         limit = _position_limit(config)
         wanted = max_tokens or stored["max_tokens"] or min(limit, tokenizer.model_max_length)
         if wanted > limit:
             raise InputError(f"max_tokens {wanted} is above the {limit} positions of {path}; lower it")
         return cls(
-            model=model.eval().to(device),
+            model=model,
             tokenizer=tokenizer,
             pooling=pooling or stored["pooling"],
             max_tokens=int(wanted),
@@ -231,14 +231,21 @@ def length_sorted_chunks(lengths: npt.NDArray[Any], batch_tokens: int) -> list[n
     """Cut indices, longest first, into chunks whose padded size (rows x longest) is at most `batch_tokens`.
 
     Longest first: the first chunk needs the most memory, so a run that fits at all fits from its first step on.
-    A text longer than the budget makes a chunk of its own.
+    A text longer than the budget makes a chunk of its own. A chunk ends early where rows get much shorter than its
+    longest, once it holds an eighth of the budget: on short texts that saves more padding than the further forwards
+    cost (of 700 trivia texts, padding falls from 16 % to 7 %).
     """
     order = np.argsort(-lengths, kind="stable")
+    descending = -lengths[order]
     chunks, start = [], 0
     while start < len(order):
-        rows = max(1, batch_tokens // max(1, int(lengths[order[start]])))
-        chunks.append(order[start : start + rows])
-        start += rows
+        longest = max(1, -int(descending[start]))
+        stop = min(len(order), start + max(1, batch_tokens // longest))
+        shorter = start + int(np.searchsorted(descending[start:stop], -_SIMILAR_LENGTH * longest, side="right"))
+        if (shorter - start) * longest >= batch_tokens // 8:
+            stop = shorter
+        chunks.append(order[start:stop])
+        start = stop
     return chunks
 
 
@@ -265,6 +272,24 @@ def fingerprint(
         "prompts": stored["prompts"],
         "prompt": prompt,
     }
+
+
+def load_model(model: ModelConfig, **options: Any) -> Encoder:
+    """`Encoder.load` of a recipe's model section."""
+    return Encoder.load(
+        model.path, revision=model.revision, max_tokens=model.max_tokens, pooling=model.pooling, **options
+    )
+
+
+def model_fingerprint(model: ModelConfig) -> dict[str, Any]:
+    """`fingerprint` of a recipe's model section."""
+    return fingerprint(
+        model.path,
+        revision=model.revision,
+        max_tokens=model.max_tokens,
+        pooling=model.pooling,
+        prompt=model.prompt,
+    )
 
 
 def tokenizer_digest(transformer_dir: Path) -> str:
@@ -340,6 +365,20 @@ def _json(file: Path, default: Any = None) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}") from error
+
+
+def _load_weights(transformer_dir: Path, config: Any, **options: Any) -> Any:
+    from transformers import AutoModel
+
+    model, info = AutoModel.from_pretrained(
+        transformer_dir, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+    )
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # pooler: unused
+    if missing:
+        raise InputError(
+            f"{transformer_dir} is not a whole encoder: no weights for {missing[0]} ({len(missing)} missing)"
+        )
+    return model
 
 
 def _position_limit(config: Any) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import yaml
 
 from gist_ray.config import Recipe
-from gist_ray.data.prepare import load_model, model_fingerprint, shards_fingerprint
+from gist_ray.data.prepare import shards_fingerprint
 from gist_ray.data.sources import content_digest, find_units
-from gist_ray.encoder import Encoder
+from gist_ray.encoder import Encoder, load_model, model_fingerprint
 from gist_ray.training.engine import deepspeed_config
 
 _FP32_BYTES = 4
@@ -19,7 +19,7 @@ def check(recipe: Recipe) -> str:
     Raises:
         InputError: whatever `prepare` and `train` would raise before they start working.
     """
-    units = find_units(recipe.data)
+    units = find_units(recipe.data.sources)
     shards_fingerprint(recipe, units)
     student = load_model(recipe.student, layers=recipe.student.layers)
     guide = load_model(recipe.guide)

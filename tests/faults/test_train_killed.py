@@ -14,35 +14,12 @@ import pytest
 import yaml
 
 from gist_ray.metrics import read_metrics
+from tests.faults.processes import alive, descendants
 
 pytestmark = pytest.mark.slow
 
 KILL_AFTER_STEP = 23  # past the checkpoint of step 20, so that steps must be repeated
 STEPS = {"batch_size": 8, "epochs": 2, "checkpoint_steps": 10, "learning_rate": 1e-3}
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Command lines of all processes below `pid`."""
-    parents, names = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-                names[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue  # it ended meanwhile
-            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    found: set[int] = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {child: names[child] for child in found - {pid}}
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def write_recipe(folder: Path, model: Path, rows: list[dict[str, Any]], name: str) -> Path:
@@ -127,9 +104,9 @@ def test_a_killed_driver_is_resumed_on_request(undisturbed, tiny_model: Path, ve
     workers = [pid for pid, name in below.items() if name.startswith("ray::RayTrainWorker")]
     assert len(workers) == 2
     deadline = time.monotonic() + 60  # they must end with their driver, or they would write beside the resumed run
-    while (alive := [pid for pid in workers if _runs(pid)]) and time.monotonic() < deadline:
+    while alive(workers) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not alive, f"training workers outlived their driver: {alive}"
+    assert not alive(workers), "training workers outlived their driver"
 
     refused = start(recipe)
     _, err = refused.communicate(timeout=120)

@@ -1,0 +1,206 @@
+"""Staging: source units in, pieces of rows out. A piece is some rows and their distinct texts; memory holds one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from gist_ray.config import DataConfig
+from gist_ray.data.sources import Reject, Triplet, Unit, read_unit
+from gist_ray.data.texts import Piece, write_arrow
+from gist_ray.errors import InputError
+from gist_ray.manifest import write_json
+
+ROWS_PER_PIECE = 32_768
+CHARS_PER_PIECE = 64_000_000  # long documents make a piece with fewer rows
+_SHOWN_CHARS = 2_000
+NO_TASK = "(no task)"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What staging counted, over all units."""
+
+    rows: int
+    texts: int
+    """Distinct within each piece, added up: at least the distinct texts of the whole."""
+    occurrences: int
+    not_selected: int
+    rejects: dict[str, dict[str, int]]
+    """By task, by reason."""
+    tasks: list[str]
+
+    @property
+    def rejected(self) -> int:
+        """Rows that cannot be used."""
+        return sum(sum(reasons.values()) for reasons in self.rejects.values())
+
+
+def stage_all(units: list[Unit], data: DataConfig, out: Path) -> Staged:
+    """Stage all units on Ray Data, except those that a killed run finished.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    import ray
+
+    def read(item: dict[str, Any]) -> dict[str, Any]:
+        number = int(item["unit"])
+        try:
+            return {"report": json.dumps(stage_unit(units[number], number, data, out))}
+        except InputError as error:  # as a value: Ray Data would retry it, and bury it in its own error
+            return {"report": json.dumps({"error": str(error)})}
+
+    items = ray.data.from_items([{"unit": i} for i in range(len(units))], override_num_blocks=len(units))
+    reports = [json.loads(row["report"]) for row in items.map(read, num_cpus=1).iter_rows()]
+    if errors := sorted(report["error"] for report in reports if "error" in report):
+        raise InputError("; ".join(errors))
+    return Staged(
+        **{key: sum(report[key] for report in reports) for key in ("rows", "texts", "occurrences", "not_selected")},
+        rejects=added_rejects(report["rejects"] for report in reports),
+        tasks=sorted({task for report in reports for task in report["tasks"]}),
+    )
+
+
+def stage_unit(unit: Unit, number: int, data: DataConfig, out: Path) -> dict[str, Any]:
+    """Stage one unit, unless a killed run already did; its report is written last."""
+    report_file = out / "staging" / f"unit-{number:05d}.json"
+    if not report_file.is_file():
+        (out / "rejects").mkdir(parents=True, exist_ok=True)
+        with RejectLog(out / "rejects" / f"unit-{number:05d}.jsonl") as rejects:
+            counts: Counter[str] = Counter(rows=0, texts=0, occurrences=0, not_selected=0)
+            tasks: set[str] = set()
+            rows = _numbered(read_unit(unit, data), unit, rejects, counts)
+            for i, piece in enumerate(_pieces(rows, unit.number)):
+                counts.update(piece.write(out / "staging" / f"unit-{number:05d}-{i:05d}"))
+                tasks |= piece.tasks.keys()
+            write_json(report_file, {**counts, "rejects": rejects.counts, "tasks": sorted(tasks)})
+    report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
+    return report
+
+
+class RejectLog:
+    """A file with a line for each row that is not used: where it stood, why, and what it held."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def __enter__(self) -> RejectLog:
+        self._stream = self._file.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def add(self, source: str, row: int, reason: str, task: str | None, content: Any) -> None:
+        """Write and count one row."""
+        reasons = self.counts.setdefault(task or NO_TASK, {})
+        reasons[reason] = reasons.get(reason, 0) + 1
+        line = {
+            "source": source,
+            "row": row,
+            "reason": reason,
+            "content": json.dumps(content, default=str)[:_SHOWN_CHARS],
+        }
+        self._stream.write(json.dumps(line) + "\n")
+
+
+def added_rejects(parts: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Sum of counts by task and reason, both in order."""
+    total: Counter[tuple[str, str]] = Counter()
+    for part in parts:
+        total.update({(task, reason): n for task, reasons in part.items() for reason, n in reasons.items()})
+    grouped = itertools.groupby(sorted(total.items()), key=lambda item: item[0][0])
+    return {task: {reason: n for (_, reason), n in group} for task, group in grouped}
+
+
+def _numbered(
+    rows: Iterator[Triplet | Reject | None], unit: Unit, rejects: RejectLog, counts: Counter[str]
+) -> Iterator[tuple[int, Triplet]]:
+    """The usable rows with their numbers; the others are counted."""
+    for number, row in enumerate(rows, start=unit.first_row):
+        if row is None:
+            counts["not_selected"] += 1
+        elif isinstance(row, Reject):
+            rejects.add(unit.name, number, row.reason, row.task, row.row)
+        else:
+            yield number, row
+
+
+def _pieces(rows: Iterator[tuple[int, Triplet]], source: int) -> Iterator[_RowsPiece]:
+    piece = _RowsPiece(source)
+    for number, row in rows:
+        piece.add(number, row)
+        if len(piece.query) == ROWS_PER_PIECE or piece.texts.chars >= CHARS_PER_PIECE:
+            yield piece
+            piece = _RowsPiece(source)
+    if piece.query:
+        yield piece
+
+
+class _RowsPiece:
+    """Rows as numbers of their texts and task."""
+
+    def __init__(self, source: int) -> None:
+        self.texts = Piece()
+        self.tasks: dict[str, int] = {}
+        self.query: list[int] = []
+        self.positive: list[int] = []
+        self._negatives: list[int] = []
+        self._negative_starts: list[int] = [0]
+        self._task: list[int] = []
+        self._place: list[int] = []
+        self._source = source
+
+    def add(self, place: int, row: Triplet) -> None:
+        """Append one row, which stood at `place` in its unit."""
+        self._place.append(place)
+        number = self.texts.number
+        self.query.append(number(row.query))
+        self.positive.append(number(row.positive))
+        self._negatives += map(number, row.negatives)
+        self._negative_starts.append(len(self._negatives))
+        self._task.append(self.tasks.setdefault(row.task, len(self.tasks)))
+
+    def write(self, stem: Path) -> dict[str, int]:
+        """Write `<stem>.texts`, in key order, and `<stem>.rows`, which refer to them by position."""
+        position = self.texts.write(stem.with_name(f"{stem.name}.texts"))
+
+        def column(numbers: list[int]) -> Any:
+            return pa.array(position[np.array(numbers, dtype=np.int64)], pa.uint32())
+
+        negatives = pa.LargeListArray.from_arrays(np.array(self._negative_starts), column(self._negatives))
+        rows = {
+            "query": column(self.query),
+            "positive": column(self.positive),
+            "negatives": negatives,
+            "task": pa.DictionaryArray.from_arrays(pa.array(self._task, pa.int32()), pa.array(list(self.tasks))),
+            "source": pa.array(np.full(len(self.query), self._source), pa.uint16()),
+            "row": pa.array(self._place, pa.uint64()),
+        }
+        write_arrow(stem.with_name(f"{stem.name}.rows"), rows)
+        occurrences = 2 * len(self.query) + len(self._negatives)
+        return {"rows": len(self.query), "texts": len(self.texts), "occurrences": occurrences}
+
+
+def unit_of(stem: Path) -> int:
+    """Number of the unit that a piece belongs to."""
+    return int(stem.name.split("-")[1])
+
+
+def task_codes(column: Any, tasks: list[str]) -> npt.NDArray[np.int64]:
+    """A staged task column as positions in the sorted `tasks` of the whole, `[rows]`."""
+    place = {task: i for i, task in enumerate(tasks)}
+    local = np.array([place[task] for task in column.dictionary.to_pylist()], dtype=np.int64)
+    codes: npt.NDArray[np.int64] = local[column.indices.to_numpy()]
+    return codes
