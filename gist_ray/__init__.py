@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gist_ray.config import Recipe, load_recipe
+    from gist_ray.config import MineConfig, Recipe, load_recipe
+    from gist_ray.data.mine import mine
     from gist_ray.data.prepare import prepare
     from gist_ray.encoder import Encoder
     from gist_ray.errors import InputError
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Encoder",
     "InputError",
+    "MineConfig",
     "Recipe",
     "check",
     "evaluate",
     "export",
     "load_recipe",
+    "mine",
     "prepare",
     "quickstart",
     "serve",
@@ -39,11 +42,13 @@ __all__ = [
 _HOMES = {
     "Encoder": "encoder",
     "InputError": "errors",
+    "MineConfig": "config",
     "Recipe": "config",
     "check": "preflight",
     "evaluate": "evaluation.run",
     "export": "model_folder",
     "load_recipe": "config",
+    "mine": "data.mine",
     "prepare": "data.prepare",
     "quickstart": "tour",
     "serve": "serving.app",

@@ -62,6 +62,14 @@ def _check(arguments: argparse.Namespace) -> str:
     return check(_recipe(arguments))
 
 
+def _mine(arguments: argparse.Namespace) -> Path:
+    from gist_ray.config import mine_config
+    from gist_ray.data.mine import mine
+
+    tree = {"source": {"path": arguments.input}, "guide": {"path": arguments.guide}}
+    return mine(mine_config(tree, tuple(arguments.overrides)), arguments.output)
+
+
 def _prepare(arguments: argparse.Namespace) -> Path:
     from gist_ray.data.prepare import prepare
 
@@ -137,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def overrides(sub: argparse.ArgumentParser) -> None:
-        text = "override one value, e.g. --set train.learning_rate=2e-5; may be repeated"
+    def overrides(sub: argparse.ArgumentParser, example: str = "train.learning_rate=2e-5") -> None:
+        text = f"override one value, e.g. --set {example}; may be repeated"
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=text)
 
     def recipe_verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
@@ -158,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default="gist-ray-quickstart", help="folder for everything (default: %(default)s)")
 
     recipe_verb("check", _check, "validate a recipe and show its arithmetic, before any machine is asked for")
+    sub = verb("mine", _mine, "labelled texts, or pairs, -> triplets with the guide's help")
+    sub.add_argument("input", help="file, folder, glob, bucket or hf://dataset with columns text, label or query, pos")
+    sub.add_argument("output", help="new folder of triplets")
+    sub.add_argument("--guide", required=True, help="model folder or Hub id of the guide")
+    overrides(sub, "negatives=hard")
     recipe_verb("prepare", _prepare, "read, validate, deduplicate, tokenize, guide vectors: make the shards")
     sub = recipe_verb("train", _train, "fine-tune the student on Ray Train with DeepSpeed (prepares first if need be)")
     sub.add_argument("--resume", action="store_true", help="continue a run whose driver died")

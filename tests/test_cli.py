@@ -49,7 +49,7 @@ def test_the_shipped_command_is_installed():
         check=True,
         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
     )
-    for verb in ("quickstart", "check", "prepare", "train", "export", "evaluate", "serve"):
+    for verb in ("quickstart", "mine", "check", "prepare", "train", "export", "evaluate", "serve"):
         assert verb in run.stdout
 
 
@@ -60,6 +60,17 @@ BAD_INPUT = [
     (["prepare", "{recipe}", "--set", "data.sources=[{{path: {dir}/wrong.jsonl}}]"], "no column `query`"),
     (["train", "{recipe}", "--set", "data.sources=[{{path: {dir}/empty.jsonl}}]"], "empty.jsonl is empty"),
     (["check", "{recipe}", "--set", "student.path={dir}/no-weights"], "config.json is missing"),
+    (
+        ["prepare", "{recipe}", "--set", "data.sources=[{{path: {dir}/a.jsonl, columns: {{query: questoin}}}}]"],
+        "questoin",
+    ),
+    (["prepare", "{recipe}", "--set", "data.sources=[{{path: {dir}/a.jsonl, tasks: '('}}]"], "regular expression"),
+    (["mine", "{dir}/none.jsonl", "{dir}/mined", "--guide", "{model}"], "none.jsonl does not exist"),
+    (["mine", "{dir}/empty.jsonl", "{dir}/mined", "--guide", "{model}"], "empty.jsonl is empty"),
+    (["mine", "{dir}/a.jsonl", "{dir}/mined", "--guide", "{dir}/no-weights"], "config.json is missing"),
+    (["mine", "{dir}/a.jsonl", "{dir}/mined", "--guide", "{model}", "--set", "topk=5"], "did you mean `top_k`"),
+    (["mine", "{dir}/a.jsonl", "{dir}/mined", "--guide", "{model}", "--set", "top_k=0"], "top_k"),
+    (["mine", "{dir}/a.jsonl", "{dir}/a.jsonl", "--guide", "{model}"], "a.jsonl"),
     (["export", "{dir}", "{dir}/out"], "not a finished checkpoint"),
     (["evaluate", "{dir}/no-weights", "--data", "{dir}"], "config.json is missing"),
     (["serve", "{dir}/no-weights"], "config.json is missing"),

@@ -18,8 +18,9 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_recipe_parses():
-    [recipe] = blocks("yaml")
-    assert parse_recipe(yaml.safe_load(recipe)).name == "mine"
+    recipe, source = (yaml.safe_load(block) for block in blocks("yaml"))
+    recipe["data"]["sources"].append({"path": "more.jsonl", **source})
+    assert parse_recipe(recipe).name == "mine"
 
 
 def test_every_command_parses():
@@ -28,7 +29,7 @@ def test_every_command_parses():
     while found := re.findall(inner, text):
         commands += found
         text = re.sub(inner, "PATH", text)
-    verbs = "quickstart|check|prepare|train|export|evaluate|serve"
+    verbs = "quickstart|mine|check|prepare|train|export|evaluate|serve"
     commands += re.findall(rf"gist-ray (?:{verbs})[^`|\n&)]*", text)
     assert len(commands) >= 10
     for command in commands:
@@ -47,7 +48,7 @@ def test_linked_files_exist():
 
 
 @pytest.mark.parametrize(
-    "name", ["cli", "config", "encoder", "manifest", "cluster", "model_folder", "preflight", "tour"]
+    "name", ["cli", "config", "encoder", "manifest", "cluster", "model_folder", "preflight", "tour", "html"]
 )
 def test_the_tree_names_real_files(name: str):
     assert f"{name}.py" in README and (ROOT / "gist_ray" / f"{name}.py").is_file()

@@ -23,7 +23,7 @@ from gist_ray.data.rows import (
     their_columns,
 )
 from gist_ray.errors import InputError
-from gist_ray.manifest import digest_of
+from gist_ray.manifest import MANIFEST, digest_of
 
 __all__ = [
     "Labelled",
@@ -141,7 +141,8 @@ def _whole_files(source: SourceConfig, number: int) -> list[Unit]:
     """One unit for each file of a source, or for its Hub dataset."""
     if source.path.startswith("hf://"):
         return [Unit((source.path.removeprefix("hf://"),), "hub", source, number)]
-    files = list_files(source.path, lambda name: kind_of(name) is not None)
+    # An artifact of ours is a source too; its manifest is no data.
+    files = list_files(source.path, lambda name: kind_of(name) is not None and name != MANIFEST)
     known = ", ".join(sorted(SUFFIXES))
     if not files:
         raise InputError(
