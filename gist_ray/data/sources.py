@@ -142,7 +142,7 @@ def _whole_files(source: SourceConfig, number: int) -> list[Unit]:
     if source.path.startswith("hf://"):
         return [Unit((source.path.removeprefix("hf://"),), "hub", source, number)]
     # An artifact of ours is a source too; its manifest is no data.
-    files = list_files(source.path, lambda name: kind_of(name) is not None and name != MANIFEST)
+    files = list_files(source.path, lambda name: kind_of(name) is not None and name.rpartition("/")[2] != MANIFEST)
     known = ", ".join(sorted(SUFFIXES))
     if not files:
         raise InputError(
