@@ -78,6 +78,13 @@ class SourceConfig(_Section):
             raise ValueError(f"{self.path} needs `revision: <commit>`: an unpinned dataset cannot be reproduced")
         return self
 
+    @model_validator(mode="after")
+    def _no_secret(self) -> SourceConfig:
+        # Recipes are stored with what is made from them, and shown around. The message must not repeat the secret.
+        if re.match(r"[a-z0-9+.-]+://[^/@]*:[^/@]*@", self.path):
+            raise ValueError("the path holds a password; give credentials by the environment, as the cloud's tools do")
+        return self
+
 
 class FilterConfig(_Section):
     """Rows to leave out by what the guide says of them. Off by default; what is left out is a counted reject."""
@@ -91,7 +98,7 @@ class FilterConfig(_Section):
 class DataConfig(_Section):
     """What is trained on."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=65_535)
     instructions: frozenset[Role] = frozenset()
     """Roles whose texts are prefixed with their `*_instruct` column. The paper drops all instructions."""
     max_chars: int = Field(default=100_000, ge=1)
@@ -208,14 +215,14 @@ class ClusterConfig(_Section):
     """Training workers."""
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
-    """GPUs of each training worker, guide actor and evaluation actor. 0: they compute on the CPU."""
+    """GPUs of each training worker and of each guide, mining and evaluation actor. 0: they compute on the CPU."""
     threads_per_worker: int = Field(default=1, ge=1)
     data_workers: int = Field(default=2, ge=1)
-    """Guide and evaluation actors."""
+    """Guide, mining and evaluation actors; fewer of the first two where the cluster does not hold them."""
     data_threads: int = Field(default=1, ge=1)
-    """Threads of each guide or evaluation actor."""
+    """Threads of each of those actors."""
     max_failures: int = Field(default=3, ge=0)
-    """How often training restarts from its last checkpoint."""
+    """How often training restarts from its last checkpoint, and how often a guide or mining actor is replaced."""
 
 
 class EvaluationConfig(_Section):
@@ -359,7 +366,10 @@ def _validated(kind: type[_Tree], tree: dict[str, Any], origin: str) -> _Tree:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem, kind) for problem in error.errors()]
+        problems = error.errors()
+        # A list with a bad element is "too short" too: pydantic counts the good ones.
+        own = [p for p in problems if not any(o is not p and o["loc"][: len(p["loc"])] == p["loc"] for o in problems)]
+        lines = [_explain(problem, kind) for problem in own]
         raise InputError(f"{origin}: " + "; ".join(lines)) from None
 
 
@@ -411,7 +421,9 @@ def _explain(problem: Any, root: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"`{dotted}` is required"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"`{dotted}`: {message}" + ("" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})")
+    return f"`{dotted}`: {message}" + (
+        "" if isinstance(problem["input"], dict | list) else f" (got {problem['input']!r})"
+    )
 
 
 def _keys_beside(place: list[str], root: type[BaseModel]) -> list[str]:

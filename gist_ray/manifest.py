@@ -59,6 +59,8 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
         for key in sorted({*old, *new}):
             found += differences(old.get(key), new.get(key), f"{place}.{key}" if place else key)
         return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [found for i in range(len(old)) for found in differences(old[i], new[i], f"{place}[{i}]")]
     return [] if old == new else [f"{place}: {_short(old)} -> {_short(new)}"]
 
 
@@ -72,7 +74,8 @@ def write_manifest(directory: Path, kind: str, fingerprint: dict[str, Any], **fa
 def write_json(file: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
+    # A lone surrogate (a file name that is not UTF-8, say) is written as its JSON escape, and read back as it was.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
         stream.flush()

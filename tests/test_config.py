@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gist_ray.config import RECIPES_DIR, Recipe, load_recipe, parse_recipe
+from gist_ray.config import RECIPES_DIR, Recipe, load_recipe, mine_config, parse_recipe
 from gist_ray.errors import InputError
 
 MINIMAL = {
@@ -94,3 +94,36 @@ def test_quoted_numbers_stay_strings_and_local_models_become_absolute(tmp_path: 
     for bad in ("student.prompt=x", "data.sources=[{path: hf://a/b, revision: main}]"):
         with pytest.raises(InputError):
             load_recipe(file, (bad,))
+
+
+def source(**options):
+    return parse_recipe({**MINIMAL, "data": {"sources": [{"path": "x", **options}]}}).data.sources[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": {"qeury": "q"}}, "`qeury` is none of our columns"),
+        ({"columns": {"query": ["a", "b"]}}, "only `neg` takes several"),
+        ({"tasks": "mteb["}, "not a regular expression"),
+        ({"weight": 0}, "weight"),
+        ({"path": "s3://AKIA:hush@bucket/rows/"}, "the path holds a password"),
+    ],
+)
+def test_bad_sources_are_said_so_and_no_secret_repeated(options, message: str):
+    with pytest.raises(InputError, match=message) as caught:
+        source(**options)
+    assert "hush" not in str(caught.value)
+
+
+def test_sources_take_mappings_weights_and_selections():
+    found = source(columns={"query": "q", "neg": ["n1", "n2"]}, weight=0.5, tasks="^mteb[-_]", max_rows=3)
+    assert found.columns == {"query": "q", "neg": ("n1", "n2")} and found.weight == 0.5
+    assert source(path="s3://anonymous@bucket/rows/").path == "s3://anonymous@bucket/rows/"
+
+
+def test_mining_settings_name_the_nearest_key():
+    tree = {"source": {"path": "x"}, "guide": {"path": "g"}}
+    assert mine_config({**tree}, ("top_k=7", "guide.max_tokens=32")).guide.max_tokens == 32
+    with pytest.raises(InputError, match=r"unknown key `guide\.max_token`; did you mean `guide\.max_tokens`"):
+        mine_config({**tree, "guide": {"path": "g"}}, ("guide.max_token=3",))

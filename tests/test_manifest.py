@@ -31,6 +31,18 @@ def test_differences_name_leaves():
     assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == ["b.c: 2 -> 3", "d: null -> 4"]
 
 
+def test_differences_look_into_lists():
+    old = {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]}
+    assert differences(old, {"sources": [{"path": "a", "weight": 2}, {"path": "b"}]}) == ["sources[0].weight: 1 -> 2"]
+    assert differences({"sources": [1]}, {"sources": [1, 2]}) == ["sources: [1] -> [1, 2]"]
+
+
+def test_names_that_are_no_unicode_are_written_and_read_back(tmp_path: Path):
+    write_manifest(tmp_path, "shards", {"caf\udce9.jsonl": "ünï"})
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None and manifest["fingerprint"] == {"caf\udce9.jsonl": "ünï"}
+
+
 def test_write_json_leaves_the_old_file_when_it_fails(tmp_path: Path):
     file = tmp_path / "x.json"
     write_json(file, {"a": 1})

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from gist_ray.config import ClusterConfig, GuideConfig, ModelConfig
 from gist_ray.data.guide_vectors import GuideVectors
 from gist_ray.data.shards import token_dtype_for
+from gist_ray.data.staging import check_pieces
 from gist_ray.data.texts import Keys, TextBlock, block_texts, num_blocks
 from gist_ray.encoder import Encoder, TokenIds, load_model, model_fingerprint
 from gist_ray.errors import InputError
@@ -22,10 +23,12 @@ from gist_ray.manifest import write_json
 
 log = logging.getLogger(__name__)
 
+_TEXT_SHOWN = 100
+
 
 def guide_fingerprint(guide: GuideConfig) -> dict[str, Any]:
-    """What decides a stored guide vector, its type included."""
-    return model_fingerprint(guide) | {"dtype": "float16"}
+    """What decides a stored guide vector, its type included. `version` rises when one guide gives other vectors."""
+    return model_fingerprint(guide) | {"dtype": "float16", "version": 1}
 
 
 class EmbedderPool:
@@ -37,10 +40,13 @@ class EmbedderPool:
         import ray
 
         gpus = cluster.gpus_per_worker
+        expected = guide_fingerprint(guide)
         # A dead actor is restarted and its block done again: a block is whole or absent, so once more does no harm.
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1)
         actor = remote(BlockEmbedder)
-        self._actors = [actor.remote(guide, vectors_dir, cluster, student) for _ in range(cluster.data_workers)]
+        self._actors = [
+            actor.remote(guide, expected, vectors_dir, cluster, student) for _ in range(actors_that_fit(cluster))
+        ]
 
     def __enter__(self) -> EmbedderPool:
         return self
@@ -53,19 +59,21 @@ class EmbedderPool:
         for actor in self._actors:
             ray.kill(actor)
 
-    def embed(self, staging: Path, staged_texts: int, out: Path) -> list[dict[str, Any]]:
-        """Write `out/block-*.arrow` from the texts of `staging/*.texts`; return a report of each, in block order.
+    def embed(self, staging: Path, pieces: list[str], staged_texts: int, out: Path) -> list[dict[str, Any]]:
+        """Write `out/block-*.arrow` from the texts of the staged pieces; return a report of each, in block order.
 
         Blocks that a killed run finished are not done again.
 
         Raises:
-            InputError: a worker met bad input.
+            InputError: a worker met bad input: a guide it cannot load, a piece it cannot see, a text without a vector.
         """
+        import ray
         from ray.util import ActorPool
 
         blocks = num_blocks(staged_texts)
         out.mkdir(parents=True, exist_ok=True)
-        items = [(number, blocks, staging, out) for number in range(blocks)]
+        names = ray.put(pieces)
+        items = [(number, blocks, staging, names, out) for number in range(blocks)]
         done = ActorPool(self._actors).map_unordered(lambda actor, item: actor.embed.remote(*item), items)
         reports = []
         with tqdm(total=blocks, desc="guide vectors", unit="block", disable=None) as bar:
@@ -83,21 +91,34 @@ class BlockEmbedder:
     """One block of texts in, one file out, unless a killed run already wrote it."""
 
     def __init__(
-        self, guide: GuideConfig, vectors_dir: Path, cluster: ClusterConfig, student: ModelConfig | None
+        self,
+        guide: GuideConfig,
+        expected: dict[str, Any],
+        vectors_dir: Path,
+        cluster: ClusterConfig,
+        student: ModelConfig | None,
     ) -> None:
         import torch
 
         torch.set_num_threads(cluster.data_threads)
         self._guide_config, self._student_config = guide, student
-        self._student = load_model(student, weights=False) if student else None
-        self._guide = load_model(guide, device="cuda" if cluster.gpus_per_worker else "cpu")
-        self._vectors = GuideVectors(vectors_dir, guide_fingerprint(guide))
         self._pieces: list[Path] = []
-
-    def embed(self, number: int, blocks: int, staging: Path, out: Path) -> dict[str, Any]:
-        """Make one block; bad input comes back as a value, because an actor would bury it in an error of its own."""
+        self._error = ""
         try:
-            self._pieces = self._pieces or sorted(staging.glob("*.texts"))
+            if guide_fingerprint(guide) != expected:
+                raise InputError(f"guide {guide.path} is another model on this node; give all nodes the same files")
+            self._student = load_model(student, weights=False) if student else None
+            self._guide = load_model(guide, device="cuda" if cluster.gpus_per_worker else "cpu")
+            self._vectors = GuideVectors(vectors_dir, expected)
+        except InputError as error:  # kept for the first block: an actor that fails here only says that it died
+            self._error = str(error)
+
+    def embed(self, number: int, blocks: int, staging: Path, pieces: list[str], out: Path) -> dict[str, Any]:
+        """Make one block; bad input comes back as a value, because an actor would bury it in an error of its own."""
+        if self._error:
+            return {"error": self._error}
+        try:
+            self._pieces = self._pieces or check_pieces(staging, pieces, "texts")
             return self._embed(number, blocks, out / f"block-{number:05d}.arrow", staging / f"block-{number:05d}.json")
         except InputError as error:
             return {"error": str(error)}
@@ -130,16 +151,48 @@ class BlockEmbedder:
                 [texts[i] for i in missing],
                 prompt=self._guide_config.prompt,
                 batch_tokens=self._guide_config.batch_tokens,
-            ).astype(np.float16)
-            self._vectors.add(keys[missing], encoded)
+            )
+            self._check_vectors(encoded, [texts[i] for i in missing])
             vectors[missing] = encoded
+            self._vectors.add(keys[missing], vectors[missing])
         return vectors, len(texts) - len(missing)
+
+    def _check_vectors(self, vectors: npt.NDArray[np.float32], texts: list[str]) -> None:
+        """Before they are kept: a vector of zeros or not-a-numbers would be found for ever, and hide nothing."""
+        whole = np.isfinite(vectors).all(axis=1) & (np.abs(vectors).max(axis=1, initial=0) > 0)
+        if not whole.all():
+            raise InputError(
+                f"guide {self._guide_config.path} gives no vector (not a number, or all zeros) for the text "
+                f"{texts[int(np.argmin(whole))][:_TEXT_SHOWN]!r}; check its weights, or leave such texts out"
+            )
 
     def _tokens(self, texts: list[str]) -> tuple[list[TokenIds] | None, npt.NDArray[np.int64] | None]:
         """The student's tokens of each text, and their number before the cut."""
         if self._student is None or self._student_config is None:
             return None, None
         return tokens_and_lengths(self._student, texts, self._student_config.prompt)
+
+
+def actors_that_fit(cluster: ClusterConfig) -> int:
+    """`cluster.data_workers`, or as many as the cluster can hold: work given to an actor that never starts is lost.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    fit = int(total.get("CPU", 0))
+    if cluster.gpus_per_worker:
+        fit = min(fit, int(total.get("GPU", 0) / cluster.gpus_per_worker))
+    if fit < 1:
+        raise InputError(
+            f"the Ray cluster has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs, an actor takes 1 CPU "
+            f"and {cluster.gpus_per_worker:g} GPUs; lower cluster.gpus_per_worker or use a larger cluster"
+        )
+    if fit < cluster.data_workers:
+        log.warning("cluster.data_workers is %d; the Ray cluster holds %d, using those", cluster.data_workers, fit)
+    return min(fit, cluster.data_workers)
 
 
 def tokens_and_lengths(student: Encoder, texts: list[str], prompt: str) -> tuple[list[TokenIds], npt.NDArray[np.int64]]:

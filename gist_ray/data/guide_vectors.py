@@ -6,8 +6,7 @@ data set or a mining run on the same texts finds what an earlier run computed.
 
 from __future__ import annotations
 
-import hashlib
-import os
+import uuid
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ class GuideVectors:
         """`guide` is the guide's fingerprint, with `dtype`: another model or setting is another store."""
         self.folder = root / digest_of(guide)[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = self.folder / "guide.json"
+        about = self.folder / "guide.txt"  # JSON, by a suffix that no source has: the folder may lie in a source
         if not about.is_file():
             write_json(about, guide)
         self._segments = sorted((*_key_range(file), file) for file in self.folder.glob("*.arrow"))
@@ -65,8 +64,8 @@ class GuideVectors:
         """Keep the vectors `[n, guide_dim]` of ascending keys `[n]`, whole or not at all."""
         content = keys.tobytes()
         low, high = content[:_LEAD].hex(), content[-KEY_BYTES:][:_LEAD].hex()
-        # The process in the name: two runs may add the same texts at once, and must not share a temporary file.
-        file = self.folder / f"{low}-{high}-{hashlib.sha256(content).hexdigest()[:16]}{os.getpid():08x}.arrow"
+        # A name of its own: two runs, maybe on two machines, may add the same texts at once.
+        file = self.folder / f"{low}-{high}-{uuid.uuid4().hex}.arrow"
         guide = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         write_arrow(file, {"key": key_column(keys), "guide": guide})
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from gist_ray.cluster import connected
 from gist_ray.config import DataConfig, MineConfig
-from gist_ray.data.embedders import EmbedderPool, guide_fingerprint
+from gist_ray.data.embedders import EmbedderPool, actors_that_fit, guide_fingerprint
+from gist_ray.data.files import shown
 from gist_ray.data.miners import QUERIES_PER_TILE, PartMiner
 from gist_ray.data.mining import Hashes, Ids, LabelIndex, PairIndex, cut
 from gist_ray.data.sources import Labelled, Reject, Unit, columns_of, content_digest, find_units, read_labelled
@@ -36,16 +37,21 @@ from gist_ray.data.staging import (
     RejectLog,
     Staged,
     added_rejects,
+    check_pieces,
+    piece_names,
     stage_all,
     task_codes,
+    unit_reports,
 )
 from gist_ray.data.texts import Piece, TextTable, keys_to_numpy, read_arrow, text_key, write_arrow
+from gist_ray.encoder import load_model
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, write_json, write_manifest
 
 log = logging.getLogger(__name__)
 
 KIND = "triplets"
+_VERSION = 1  # rises when the same input makes other triplets
 _WORK = ".work"  # hidden: a run that reads this folder as a source must not take it for data
 _PARTS = 32  # about so many files, so that workers have equal shares; larger data have larger files, up to
 _TILES_PER_PART = 64
@@ -67,7 +73,9 @@ def mine(config: MineConfig, output: Path) -> Path:
     units = find_units((config.source,), kind="labels" if kind == "labels" else "triplets")
     made_from = mine_fingerprint(config, kind, units)
     if finished(output, KIND, made_from):
+        shutil.rmtree(output / _WORK, ignore_errors=True)  # of a run that was killed after its manifest
         return output
+    load_model(config.guide, weights=False)  # a wrong guide fails here, before anything is read
     work = _start_or_continue(output, made_from)
     log.info("mine: %d source units, by %s -> %s", len(units), kind, output)
     with connected(config.cluster):
@@ -78,8 +86,8 @@ def mine(config: MineConfig, output: Path) -> Path:
         _check_rows(staged, units)
         vectors_dir = Path(config.guide.vectors_dir or output.parent / "guide-vectors").expanduser().absolute()
         with EmbedderPool(config.guide, vectors_dir, config.cluster) as pool:
-            blocks = pool.embed(work / "staging", staged.texts, work / "texts")
-        tasks, facts = (_index_labels if kind == "labels" else _index_pairs)(work)
+            blocks = pool.embed(work / "staging", staged.pieces, staged.texts, work / "texts")
+        tasks, facts = (_index_labels if kind == "labels" else _index_pairs)(work, staged.pieces)
         counts = _mine_all(config, kind, tasks, work, output)
     if not counts["triplets"]:
         raise InputError(f"{units[0].name}: no triplet: each of its {facts['labels']} labels has one text")
@@ -98,8 +106,9 @@ def mine_fingerprint(config: MineConfig, kind: str, units: list[Unit]) -> dict[s
     settings = config.model_dump(mode="json", exclude={"cluster", "guide", "source"})
     source = config.source.model_dump(mode="json", exclude={"path", "weight"})
     return {
+        "version": _VERSION,
         "sources": {f"{i}: {unit.name}": content_digest(unit) for i, unit in enumerate(units)},
-        "source": source,
+        "source": source | {"default_task": _default_task(config.source.path)},
         "settings": settings | {"kind": kind},
         "guide": guide_fingerprint(config.guide),
     }
@@ -114,8 +123,8 @@ def _kind(config: MineConfig) -> str:
         found = [name for name, fits in (("labels", labelled), ("pairs", {"query", "pos"} <= columns)) if fits]
         if len(found) != 1:
             raise InputError(
-                f"{config.source.path} has the columns {', '.join(sorted(columns)) or 'none'}; mining takes `text` and "
-                "`label`, or `query` and `pos`. Map them with source.columns"
+                f"{shown(config.source.path)} has the columns {', '.join(sorted(columns)) or 'none'}; mining takes "
+                "`text` and `label`, or `query` and `pos`. Map them with source.columns"
                 + (", and say which with kind: labels or pairs" if found else "")
             )
         kind = found[0]
@@ -132,7 +141,7 @@ def _start_or_continue(output: Path, made_from: dict[str, Any]) -> Path:
     work, digest = output / _WORK, digest_of(made_from)
     marker = work / "made_from.json"
     ours = marker.is_file()
-    if not ours and output.is_dir() and any(output.iterdir()):
+    if not ours and output.is_dir() and any(entry.name != _WORK for entry in output.iterdir()):
         raise InputError(f"{output} holds files that are not of an unfinished mining run; choose a new or empty folder")
     if not ours or json.loads(marker.read_text(encoding="utf-8"))["digest"] != digest:
         work.mkdir(parents=True, exist_ok=True)
@@ -151,40 +160,28 @@ def _start_or_continue(output: Path, made_from: dict[str, Any]) -> Path:
 
 
 def _stage_labels(units: list[Unit], max_chars: int, work: Path) -> Staged:
-    import ray
-
-    def read(item: dict[str, Any]) -> dict[str, Any]:
-        number = int(item["unit"])
-        try:
-            return {"report": json.dumps(_stage_unit(units[number], number, max_chars, work))}
-        except InputError as error:  # as a value: Ray Data would retry it, and bury it in its own error
-            return {"report": json.dumps({"error": str(error)})}
-
-    items = ray.data.from_items([{"unit": i} for i in range(len(units))], override_num_blocks=len(units))
-    reports = [json.loads(row["report"]) for row in items.map(read, num_cpus=1).iter_rows()]
-    if errors := sorted(report["error"] for report in reports if "error" in report):
-        raise InputError("; ".join(errors))
+    reports = unit_reports(len(units), lambda number: _stage_unit(units[number], number, max_chars, work))
     total = {key: sum(report[key] for report in reports) for key in ("rows", "texts", "not_selected")}
     rejects = added_rejects(report["rejects"] for report in reports)
-    return Staged(**total, occurrences=total["rows"], rejects=rejects, tasks=[])
+    return Staged(**total, occurrences=total["rows"], rejects=rejects, tasks=[], pieces=piece_names(reports))
 
 
 def _stage_unit(unit: Unit, number: int, max_chars: int, work: Path) -> dict[str, Any]:
     """Stage one unit of labelled texts, unless a killed run already did; its report is written last."""
-    report_file = work / "staging" / f"unit-{number:05d}.json"
+    report_file = work / "staging" / f"unit-{number:08d}.json"
     if not report_file.is_file():
         (work / "rejects").mkdir(parents=True, exist_ok=True)
-        counts: Counter[str] = Counter(rows=0, texts=0, not_selected=0)
-        with RejectLog(work / "rejects" / f"unit-{number:05d}.jsonl") as rejects:
+        counts: Counter[str] = Counter(rows=0, texts=0, not_selected=0, pieces=0)
+        with RejectLog(work / "rejects" / f"unit-{number:08d}.jsonl") as rejects:
             for i, rows in enumerate(_pieces(unit, max_chars, rejects, counts)):
-                stem = work / "staging" / f"unit-{number:05d}-{i:05d}"
+                stem = work / "staging" / f"unit-{number:08d}-{i:05d}"
                 texts = Piece()
                 numbers = np.array([texts.number(row.text) for row in rows], dtype=np.int64)
                 position = texts.write(stem.with_name(f"{stem.name}.texts"))
                 _write_labels(
                     stem.with_name(f"{stem.name}.rows"), position[numbers], rows, _default_task(unit.source.path)
                 )
-                counts.update(rows=len(rows), texts=len(texts))
+                counts.update(rows=len(rows), texts=len(texts), pieces=1)
         write_json(report_file, {**counts, "rejects": rejects.counts})
     report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
     return report
@@ -247,10 +244,10 @@ def _keep_rejects(work: Path, output: Path) -> None:
 # Step 3: index -------------------------------------------------------------------------------------------------------
 
 
-def _index_labels(work: Path) -> tuple[list[str], dict[str, Any]]:
+def _index_labels(work: Path, pieces: list[str]) -> tuple[list[str], dict[str, Any]]:
     numbers: dict[str, int] = {}
     labels, texts = [], []
-    for rows, ids in _staged_rows(work):
+    for rows, ids in _staged_rows(work, pieces):
         local = [numbers.setdefault(name, len(numbers)) for name in rows["label"].dictionary.to_pylist()]
         labels.append(np.array(local, dtype=np.int64)[rows["label"].indices.to_numpy()])
         texts.append(ids[rows["text"].to_numpy()])
@@ -258,7 +255,8 @@ def _index_labels(work: Path) -> tuple[list[str], dict[str, Any]]:
     rank = np.empty(len(names), dtype=np.int64)
     rank[[numbers[name] for name in names]] = np.arange(len(names))
     tasks = sorted({json.loads(name)[0] for name in names})
-    task = np.array([tasks.index(json.loads(name)[0]) for name in names], dtype=np.int64)
+    codes = {task: code for code, task in enumerate(tasks)}
+    task = np.array([codes[json.loads(name)[0]] for name in names], dtype=np.int64)
     index = LabelIndex.of(rank[np.concatenate(labels)], np.concatenate(texts), task)
     _save(work, index, cut(task[index.label], QUERIES_PER_TILE), label_hash=_hashes(map(text_key, names)))
     return tasks, {
@@ -269,11 +267,11 @@ def _index_labels(work: Path) -> tuple[list[str], dict[str, Any]]:
     }
 
 
-def _index_pairs(work: Path) -> tuple[list[str], dict[str, Any]]:
-    pieces = [(rows, ids) for rows, ids in _staged_rows(work)]
-    tasks = sorted({task for rows, _ in pieces for task in rows["task"].dictionary.to_pylist()})
+def _index_pairs(work: Path, pieces: list[str]) -> tuple[list[str], dict[str, Any]]:
+    staged = list(_staged_rows(work, pieces))
+    tasks = sorted({task for rows, _ in staged for task in rows["task"].dictionary.to_pylist()})
     columns: list[tuple[Ids, ...]] = []
-    for rows, ids in pieces:
+    for rows, ids in staged:
         task = task_codes(rows["task"], tasks)
         negatives = rows["negatives"]
         given, count = ids[negatives.values.to_numpy()], np.diff(negatives.offsets.to_numpy())
@@ -284,10 +282,10 @@ def _index_pairs(work: Path) -> tuple[list[str], dict[str, Any]]:
     return tasks, {"queries": len(np.unique(index.query)), "candidates": len(index.corpus)}
 
 
-def _staged_rows(work: Path) -> Iterator[tuple[Any, Ids]]:
+def _staged_rows(work: Path, pieces: list[str]) -> Iterator[tuple[Any, Ids]]:
     """Rows of each piece, and the ids of its texts by position."""
     table = TextTable(work / "texts", in_place=False)
-    for file in sorted((work / "staging").glob("unit-*.rows")):
+    for file in check_pieces(work / "staging", pieces, "rows"):
         yield read_arrow(file), table.ids_of(keys_to_numpy(read_arrow(file.with_suffix(".texts"))["key"]))
 
 
@@ -320,7 +318,9 @@ def _mine_all(config: MineConfig, kind: str, tasks: list[str], work: Path, outpu
     remote = ray.remote(
         num_cpus=1, num_gpus=cluster.gpus_per_worker, max_restarts=cluster.max_failures, max_task_retries=-1
     )(PartMiner)
-    actors = [remote.remote(config, kind, tasks, work, output) for _ in range(min(cluster.data_workers, len(parts)))]
+    actors = [
+        remote.remote(config, kind, tasks, work, output) for _ in range(min(actors_that_fit(cluster), len(parts)))
+    ]
     counts = Counter(triplets=0, without_negative=0, with_fewer_negatives=0, removed_by_margin=0)
     try:
         reports = ActorPool(actors).map_unordered(lambda actor, part: actor.mine.remote(*part), parts)

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from gist_ray.config import FilterConfig
 from gist_ray.data.report import masked_share
 from gist_ray.data.shards import Triplets, joined_triplets, read_triplets, write_triplets
 from gist_ray.data.sources import Unit
-from gist_ray.data.staging import RejectLog, added_rejects, task_codes, unit_of
+from gist_ray.data.staging import RejectLog, Staged, added_rejects, check_pieces, task_codes, unit_of
 from gist_ray.data.statistics import MeasuredRows, Statistics, measure
 from gist_ray.data.texts import Ids, Keys, TextTable, guide_matrix, keys_to_numpy, list_offsets, read_arrow, unit_rows
 from gist_ray.manifest import write_json
@@ -40,46 +41,61 @@ class Numbered:
         return int(self.starts[-1])
 
 
-def number_all(out: Path, units: list[Unit], tasks: list[str], filters: FilterConfig, max_tokens: int) -> Numbered:
+def number_all(
+    out: Path, units: list[Unit], staged: Staged, block_rows: list[int], filters: FilterConfig, max_tokens: int
+) -> Numbered:
     """Write `triplets/` from the staged pieces, on Ray Data; each part whole or not at all."""
     import ray
 
-    stems = [file.with_suffix("") for file in sorted((out / "staging").glob("*.rows"))]
+    stems = [file.with_suffix("") for file in check_pieces(out / "staging", staged.pieces, "rows")]
 
     def number(item: dict[str, Any]) -> dict[str, Any]:
         stem = stems[int(item["piece"])]
+        table = TextTable(out / "texts", in_place=False, rows=block_rows)
         source = units[unit_of(stem)].name
-        report = number_piece(stem, int(item["piece"]), out, source, tasks, filters, max_tokens)
+        report = number_piece(stem, int(item["piece"]), out, table, source, staged.tasks, filters, max_tokens)
         return {"report": json.dumps(report)}
 
     items = ray.data.from_items([{"piece": i} for i in range(len(stems))], override_num_blocks=len(stems))
-    reports = [json.loads(row["report"]) for row in items.map(number, num_cpus=1).iter_rows()]
+    rows = items.map(number, num_cpus=1).iter_rows()
+    bar = tqdm(rows, total=len(stems), desc="number rows", unit="piece", disable=None)
+    reports = [json.loads(row["report"]) for row in bar]
     reports.sort(key=lambda report: int(report["piece"]))
     starts = np.cumsum([0, *(report["rows"] for report in reports)])
     statistics = Statistics()
     for piece, start in enumerate(starts[:-1].tolist()):
         found = Statistics.from_json(json.loads(_statistics_file(out, piece).read_text(encoding="utf-8")))
         statistics = statistics.merge(found.moved(start))
-    return Numbered(starts, added_rejects(report["rejects"] for report in reports), statistics)
+    rejects = added_rejects(report["rejects"] for report in reports)
+    filtered_out = sum(sum(reasons.values()) for reasons in rejects.values())
+    assert starts[-1] + filtered_out == staged.rows, "every staged row is numbered or counted as filtered"
+    return Numbered(starts, rejects, statistics)
 
 
 def number_piece(
-    stem: Path, number: int, out: Path, source: str, tasks: list[str], filters: FilterConfig, max_tokens: int
+    stem: Path,
+    number: int,
+    out: Path,
+    table: TextTable,
+    source: str,
+    tasks: list[str],
+    filters: FilterConfig,
+    max_tokens: int,
 ) -> dict[str, Any]:
     """Number the rows of one piece, measure them, and leave out what the filters say. `source` names their unit."""
     texts, rows = (read_arrow(stem.with_name(f"{stem.name}.{kind}")) for kind in ("texts", "rows"))
-    measured, triplets = _measured(_Met.of(texts, out / "texts"), rows, tasks, max_tokens)
+    measured, triplets = _measured(_Met.of(texts, table), rows, tasks, max_tokens)
     reasons = filter_reasons(filters)
     dropped = filtered(measured.guide_positive, measured.guide_negative, measured.negative_starts, filters)
     kept = dropped == 0
     row = np.where(kept, np.cumsum(kept) - 1, -1)
-    with RejectLog(out / "rejects" / f"filtered-{number:05d}.jsonl") as rejects:
+    with RejectLog(out / "rejects" / f"filtered-{number:08d}.jsonl") as rejects:
         for i in np.flatnonzero(dropped).tolist():
             place, task = int(rows["row"][i].as_py()), tasks[int(measured.task[i])]
             rejects.add(source, place, reasons[dropped[i] - 1], task, measured.text(i))
     measured = replace(measured, row=row, dropped=dropped, reasons=reasons)
     write_json(_statistics_file(out, number), measure(measured).to_json())
-    write_triplets(out / "triplets" / f"part-{number:05d}.arrow", triplets.chosen(np.flatnonzero(kept)))
+    write_triplets(out / "triplets" / f"part-{number:08d}.arrow", triplets.chosen(np.flatnonzero(kept)))
     return {"piece": number, "rows": int(kept.sum()), "rejects": rejects.counts}
 
 
@@ -105,7 +121,7 @@ def filtered(
     return dropped
 
 
-def masked_shares(out: Path, numbered: Numbered) -> dict[str, float | None]:
+def masked_shares(out: Path, numbered: Numbered, block_rows: list[int]) -> dict[str, float | None]:
     """Share of in-batch candidates that the guide would hide, for a sample of rows of each task, on Ray.
 
     None where a task has fewer than two sampled rows: there is no candidate of another row.
@@ -113,7 +129,7 @@ def masked_shares(out: Path, numbered: Numbered) -> dict[str, float | None]:
     import ray
 
     def some(tasks: dict[str, Ids]) -> dict[str, float | None]:
-        table = TextTable(out / "texts", in_place=False)
+        table = TextTable(out / "texts", in_place=False, rows=block_rows)
         return {task: _masked_share(table, _rows_of(out, rows, starts)) for task, rows in tasks.items()}
 
     starts, remote = numbered.starts, ray.remote(num_cpus=1)(some)
@@ -133,9 +149,9 @@ class _Met:
     vectors: npt.NDArray[np.float16]
 
     @classmethod
-    def of(cls, texts: Any, blocks: Path) -> _Met:
+    def of(cls, texts: Any, table: TextTable) -> _Met:
         """One walk over all blocks; a block is mapped only while its texts are copied out."""
-        table, keys = TextTable(blocks, in_place=False), keys_to_numpy(texts["key"])
+        keys = keys_to_numpy(texts["key"])
         ids, whole = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
         vectors = np.empty((len(keys), table.guide_dim), np.float16)
         for start, columns, part, found in table.matches(keys):
@@ -193,7 +209,7 @@ def _rows_of(out: Path, rows: Ids, starts: Ids) -> Triplets:
     parts = np.searchsorted(starts, rows, side="right") - 1
     found = []
     for part in np.unique(parts).tolist():
-        here = read_triplets(out / "triplets" / f"part-{part:05d}.arrow")
+        here = read_triplets(out / "triplets" / f"part-{part:08d}.arrow")
         found.append(here.chosen(rows[parts == part] - starts[part]))
     return joined_triplets(found)
 
@@ -206,4 +222,4 @@ def _masked_share(table: TextTable, rows: Triplets) -> float | None:
 
 
 def _statistics_file(out: Path, piece: int) -> Path:
-    return out / "staging" / f"statistics-{piece:05d}.json"
+    return out / "staging" / f"statistics-{piece:08d}.json"

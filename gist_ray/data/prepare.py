@@ -5,7 +5,8 @@
 3. Numbering: rows of texts become rows of ids, measured and maybe filtered by what the guide says (`numbering.py`).
 
 Each step leaves whole files under names that depend on the data alone, so a killed run continues where it was and
-the result is the same, byte for byte, whatever the number of workers. No step's memory grows with the rows.
+the result is the same, byte for byte, whatever the number of workers. A step holds one piece or one block, so memory
+does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 from gist_ray.cluster import connected
 from gist_ray.config import Recipe
 from gist_ray.data.embedders import EmbedderPool, guide_fingerprint
+from gist_ray.data.files import shown
 from gist_ray.data.numbering import Numbered, masked_shares, number_all
 from gist_ray.data.report import write_data_report
 from gist_ray.data.shards import KIND
@@ -31,6 +34,7 @@ from gist_ray.manifest import digest_of, finished, write_json, write_manifest
 
 log = logging.getLogger(__name__)
 
+_VERSION = 1  # rises when the same input makes other shards: a run must not continue what an older one began
 _LIMIT_SHOWN = 3
 
 
@@ -44,15 +48,18 @@ def prepare(recipe: Recipe) -> Path:
     units = find_units(recipe.data.sources)
     made_from = shards_fingerprint(recipe, units)
     if finished(out, KIND, made_from):
+        shutil.rmtree(out / "staging", ignore_errors=True)  # of a run that was killed after its manifest
         return out
     _start_or_continue(out, made_from)
     log.info("prepare: %d source units -> %s", len(units), out)
     max_tokens = load_model(recipe.student, weights=False).max_tokens
+    load_model(recipe.guide, weights=False)  # a wrong guide fails here, before anything is read
     with connected(recipe.cluster):
         staged, blocks = _stage_and_embed(recipe, units, out)
-        numbered = number_all(out, units, staged.tasks, recipe.data.filters, max_tokens)
-        masked = masked_shares(out, numbered)
-    texts = sum(block["texts"] for block in blocks)
+        block_rows = [block["texts"] for block in blocks]
+        numbered = number_all(out, units, staged, block_rows, recipe.data.filters, max_tokens)
+        masked = masked_shares(out, numbered, block_rows)
+    texts = sum(block_rows)
     facts = {
         "tasks": staged.tasks,
         "rows_read": staged.rows + staged.rejected,
@@ -78,7 +85,9 @@ def shards_fingerprint(recipe: Recipe, units: list[Unit]) -> dict[str, Any]:
     data = recipe.data.model_dump(mode="json")
     for source in data["sources"]:
         del source["weight"]  # decides the plan, not the shards
+        source["path"] = shown(source["path"])  # without credentials: a manifest is shown around
     return {
+        "version": _VERSION,
         "sources": {f"{i}: {unit.name}": content_digest(unit) for i, unit in enumerate(units)},
         "data": data,
         "student": {key: student[key] for key in ("tokenizer", "positions", "max_tokens", "lower_case", "prompt")},
@@ -108,13 +117,14 @@ def _stage_and_embed(recipe: Recipe, units: list[Unit], out: Path) -> tuple[Stag
             pool = EmbedderPool(recipe.guide, recipe.guide_vectors_dir(), recipe.cluster, recipe.student)
             return stack.enter_context(pool)
 
-        room = ray.cluster_resources().get("CPU", 0) >= recipe.cluster.data_workers + 1
+        room = ray.available_resources().get("CPU", 0) >= recipe.cluster.data_workers + 1
         early = start() if room else None  # actors that hold every CPU would starve the reading tasks in silence
         staged = stage_all(units, recipe.data, out)
         _check_rows(staged.rows, units, staged.rows + staged.rejected, _by_reason(staged.rejects), out)
         if staged.rejected:
             log.warning("prepare: %d rows rejected, see %s", staged.rejected, out / "rejects")
-        return staged, (early or start()).embed(out / "staging", staged.texts, out / "texts")
+        pool = early or start()
+        return staged, pool.embed(out / "staging", staged.pieces, staged.texts, out / "texts")
 
 
 def _check_rows(usable: int, units: list[Unit], read: int, rejects: dict[str, int], out: Path) -> None:
@@ -125,8 +135,9 @@ def _check_rows(usable: int, units: list[Unit], read: int, rejects: dict[str, in
 
 
 def _by_reason(rejects: dict[str, dict[str, int]]) -> dict[str, int]:
-    reasons = sorted({reason for of_task in rejects.values() for reason in of_task})
-    return {reason: sum(of_task.get(reason, 0) for of_task in rejects.values()) for reason in reasons}
+    """Counts by reason, the most frequent first."""
+    total = sum((Counter(of_task) for of_task in rejects.values()), Counter[str]())
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _report(

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gist_ray import html
-from gist_ray.data.statistics import GUIDE_BINS, SKETCH_HASHES, Statistics, TaskStatistics
+from gist_ray.data.sketch import SKETCH_HASHES
+from gist_ray.data.statistics import GUIDE_BINS, Statistics, TaskStatistics
 from gist_ray.errors import InputError
 from gist_ray.manifest import write_json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +41,7 @@ def their_columns(source: SourceConfig, ours: str) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else named
 
 
-class _Parser:
+class _Parser(ABC):
     """What both kinds of rows have in common: their shape, and the task."""
 
     def __init__(self, source: SourceConfig, max_chars: int) -> None:
@@ -65,9 +66,9 @@ class _Parser:
         parsed = problem or self._parse(row, task or "")
         return Reject(parsed, row, task) if isinstance(parsed, str) else parsed
 
+    @abstractmethod
     def _parse(self, row: dict[str, Any], task: str) -> Any:
         """The parsed row, or the reason against it."""
-        raise NotImplementedError
 
     def _task(self, row: dict[str, Any]) -> tuple[str | None, str | None]:
         """The task of a row and None, or None and the reason why there is none."""

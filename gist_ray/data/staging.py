@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from tqdm import tqdm
 
 from gist_ray.config import DataConfig
 from gist_ray.data.sources import Reject, Triplet, Unit, read_unit
@@ -22,7 +23,9 @@ from gist_ray.manifest import write_json
 
 ROWS_PER_PIECE = 32_768
 CHARS_PER_PIECE = 64_000_000  # long documents make a piece with fewer rows
+TEXTS_PER_PIECE = 131_072  # so do rows with many negatives: numbering holds the guide vectors of a piece
 _SHOWN_CHARS = 2_000
+_ERRORS_SHOWN = 3
 NO_TASK = "(no task)"
 
 
@@ -38,6 +41,8 @@ class Staged:
     rejects: dict[str, dict[str, int]]
     """By task, by reason."""
     tasks: list[str]
+    pieces: list[str]
+    """Names of the pieces' files, without suffix, in order."""
 
     @property
     def rejected(self) -> int:
@@ -46,46 +51,81 @@ class Staged:
 
 
 def stage_all(units: list[Unit], data: DataConfig, out: Path) -> Staged:
-    """Stage all units on Ray Data, except those that a killed run finished.
+    """Stage all units, except those that a killed run finished.
 
     Raises:
         InputError: a file that cannot be read.
     """
-    import ray
-
-    def read(item: dict[str, Any]) -> dict[str, Any]:
-        number = int(item["unit"])
-        try:
-            return {"report": json.dumps(stage_unit(units[number], number, data, out))}
-        except InputError as error:  # as a value: Ray Data would retry it, and bury it in its own error
-            return {"report": json.dumps({"error": str(error)})}
-
-    items = ray.data.from_items([{"unit": i} for i in range(len(units))], override_num_blocks=len(units))
-    reports = [json.loads(row["report"]) for row in items.map(read, num_cpus=1).iter_rows()]
-    if errors := sorted(report["error"] for report in reports if "error" in report):
-        raise InputError("; ".join(errors))
+    reports = unit_reports(len(units), lambda number: stage_unit(units[number], number, data, out))
     return Staged(
         **{key: sum(report[key] for report in reports) for key in ("rows", "texts", "occurrences", "not_selected")},
         rejects=added_rejects(report["rejects"] for report in reports),
         tasks=sorted({task for report in reports for task in report["tasks"]}),
+        pieces=piece_names(reports),
     )
+
+
+def piece_names(reports: list[dict[str, Any]]) -> list[str]:
+    """Names of all pieces of units, in the units' order."""
+    return [f"unit-{number:08d}-{i:05d}" for number, report in enumerate(reports) for i in range(report["pieces"])]
+
+
+def check_pieces(staging: Path, names: list[str], suffix: str) -> list[Path]:
+    """The pieces' files, which this process must see.
+
+    Raises:
+        InputError: another node wrote one to a disk that is not shared.
+    """
+    files = [staging / f"{name}.{suffix}" for name in names]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise InputError(
+            f"{missing[0]} was staged on another node and is not seen on this one ({len(missing)} of {len(files)} "
+            "files); on several nodes, output_dir (of mine: the output folder) must be on storage that all of them see"
+        )
+    return files
+
+
+def unit_reports(units: int, stage: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `stage` reports of each unit, in order, on Ray Data.
+
+    Raises:
+        InputError: of all units that raised one.
+    """
+    import ray
+
+    def read(item: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {**item, "report": json.dumps(stage(int(item["unit"])))}
+        except InputError as error:  # as a value: Ray Data would retry it, and bury it in its own error
+            return {**item, "report": json.dumps({"error": str(error)})}
+
+    items = ray.data.from_items([{"unit": i} for i in range(units)], override_num_blocks=units)
+    rows = tqdm(items.map(read, num_cpus=1).iter_rows(), total=units, desc="read", unit="unit", disable=None)
+    reports = [json.loads(row["report"]) for row in sorted(rows, key=lambda row: int(row["unit"]))]
+    if errors := [report["error"] for report in reports if "error" in report]:
+        more = f"; and {len(errors) - _ERRORS_SHOWN} more files" if len(errors) > _ERRORS_SHOWN else ""
+        raise InputError("; ".join(errors[:_ERRORS_SHOWN]) + more)
+    return reports
 
 
 def stage_unit(unit: Unit, number: int, data: DataConfig, out: Path) -> dict[str, Any]:
     """Stage one unit, unless a killed run already did; its report is written last."""
-    report_file = out / "staging" / f"unit-{number:05d}.json"
+    report_file = out / "staging" / f"unit-{number:08d}.json"
     if not report_file.is_file():
         (out / "rejects").mkdir(parents=True, exist_ok=True)
-        with RejectLog(out / "rejects" / f"unit-{number:05d}.jsonl") as rejects:
-            counts: Counter[str] = Counter(rows=0, texts=0, occurrences=0, not_selected=0)
-            tasks: set[str] = set()
+        counts: Counter[str] = Counter(rows=0, texts=0, occurrences=0, not_selected=0)
+        tasks: set[str] = set()
+        pieces = 0
+        with RejectLog(out / "rejects" / f"unit-{number:08d}.jsonl") as rejects:
             rows = _numbered(read_unit(unit, data), unit, rejects, counts)
-            for i, piece in enumerate(_pieces(rows, unit.number)):
-                counts.update(piece.write(out / "staging" / f"unit-{number:05d}-{i:05d}"))
+            for pieces, piece in enumerate(_pieces(rows, unit.number), start=1):
+                counts.update(piece.write(out / "staging" / f"unit-{number:08d}-{pieces - 1:05d}"))
                 tasks |= piece.tasks.keys()
-            write_json(report_file, {**counts, "rejects": rejects.counts, "tasks": sorted(tasks)})
-    report: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
-    return report
+        report = {**counts, "pieces": pieces, "rejects": rejects.counts, "tasks": sorted(tasks)}
+        write_json(report_file, report)  # after the log is closed: a report vouches for all that the unit leaves
+    loaded: dict[str, Any] = json.loads(report_file.read_text(encoding="utf-8"))
+    return loaded
 
 
 class RejectLog:
@@ -106,13 +146,13 @@ class RejectLog:
         """Write and count one row."""
         reasons = self.counts.setdefault(task or NO_TASK, {})
         reasons[reason] = reasons.get(reason, 0) + 1
-        line = {
-            "source": source,
-            "row": row,
-            "reason": reason,
-            "content": json.dumps(content, default=str)[:_SHOWN_CHARS],
-        }
+        line = {"source": source, "row": row, "reason": reason, "content": _shown(content)}
         self._stream.write(json.dumps(line) + "\n")
+
+
+def _shown(content: Any) -> str:
+    """What a rejected row held, clipped. A value that JSON does not know may have no text either: its type is named."""
+    return json.dumps(content, default=lambda value: f"({type(value).__name__})")[:_SHOWN_CHARS]
 
 
 def added_rejects(parts: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
@@ -141,7 +181,7 @@ def _pieces(rows: Iterator[tuple[int, Triplet]], source: int) -> Iterator[_RowsP
     piece = _RowsPiece(source)
     for number, row in rows:
         piece.add(number, row)
-        if len(piece.query) == ROWS_PER_PIECE or piece.texts.chars >= CHARS_PER_PIECE:
+        if piece.is_full():
             yield piece
             piece = _RowsPiece(source)
     if piece.query:
@@ -171,6 +211,11 @@ class _RowsPiece:
         self._negatives += map(number, row.negatives)
         self._negative_starts.append(len(self._negatives))
         self._task.append(self.tasks.setdefault(row.task, len(self.tasks)))
+
+    def is_full(self) -> bool:
+        """Whether a piece must end here."""
+        texts = self.texts
+        return len(self.query) == ROWS_PER_PIECE or len(texts) >= TEXTS_PER_PIECE or texts.chars >= CHARS_PER_PIECE
 
     def write(self, stem: Path) -> dict[str, int]:
         """Write `<stem>.texts`, in key order, and `<stem>.rows`, which refer to them by position."""

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gist_ray.data.sketch import Hashes, Sketch
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-Hashes = npt.NDArray[np.uint64]
 Keys = npt.NDArray[np.bytes_]
 
 GUIDE_BINS = 200
 """Bins of guide similarities, of equal width over [-1, 1]."""
 EXAMPLES_KEPT = 5
 SAMPLED_ROWS = 128
-SKETCH_HASHES = 4_096
 _EXAMPLE_CHARS = 300
 _LENGTH_BITS = 10  # lengths are exact below 1,024 tokens, beyond that to 1 part in 512
 _SIMILARITY_UNIT = 2.0**-30  # sums of similarities are whole numbers of it: float sums would depend on the order
@@ -63,38 +63,6 @@ class MeasuredRows:
     """`[m]` guide(query, negative)."""
     text: Callable[[int], tuple[str, str, list[str]]]
     """Query, positive and negatives of row i of the piece. Called for examples alone."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sketch:
-    """Which of many hashes are distinct: the smallest ones (Bar-Yossef et al. 2002, "k minimum values").
-
-    The number of distinct hashes is exact up to `SKETCH_HASHES`. Beyond, it is estimated from how dense the kept ones
-    lie, with a standard error of 1/sqrt(SKETCH_HASHES) = 1.6 %. Merging is set union: idempotent too.
-    """
-
-    hashes: Hashes
-    """Ascending; one more than `SKETCH_HASHES` says that there are more."""
-
-    @classmethod
-    def of(cls, hashes: Hashes) -> Sketch:
-        """The sketch of any hashes, repeated or not."""
-        return cls(np.unique(hashes)[: SKETCH_HASHES + 1])
-
-    def merge(self, other: Sketch) -> Sketch:
-        """The sketch of the hashes of both."""
-        return Sketch.of(np.concatenate([self.hashes, other.hashes]))
-
-    @property
-    def exact(self) -> bool:
-        """Whether `distinct` is the true number."""
-        return len(self.hashes) <= SKETCH_HASHES
-
-    def distinct(self) -> int:
-        """Number of distinct hashes."""
-        if self.exact:
-            return len(self.hashes)
-        return round((len(self.hashes) - 1) * 2.0**64 / (float(self.hashes[-1]) + 1))
 
 
 @dataclass(frozen=True)
@@ -311,7 +279,7 @@ def _measure_task(view: _PieceView, own: Ints, negatives: Ints) -> TaskStatistic
         guide_negative=_guide_histogram(rows.guide_negative[negatives]),
         dropped=Counter(dropped),
         distinct_texts=Sketch.of(texts),
-        distinct_rows=Sketch(row_hashes[: SKETCH_HASHES + 1]),
+        distinct_rows=Sketch.of(row_hashes),
         sample=tuple(zip(row_hashes[:SAMPLED_ROWS].tolist(), rows.row[distinct[:SAMPLED_ROWS]].tolist(), strict=True)),
         examples={
             "misranked": _examples(view, distinct[view.excess[distinct] > 0], view.excess, view.hardest),

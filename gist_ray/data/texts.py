@@ -8,6 +8,8 @@ Arrow files, read in place.
 from __future__ import annotations
 
 import hashlib
+import os
+import uuid
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -119,10 +121,13 @@ class TextTable:
     that a pass over all of them costs the memory of one.
     """
 
-    def __init__(self, directory: Path, *, in_place: bool = True) -> None:
+    def __init__(self, directory: Path, *, in_place: bool = True, rows: Sequence[int] | None = None) -> None:
+        """`rows`: texts of each block where they are known; without them each block is opened to count."""
         self._files = sorted(directory.glob("*.arrow"))
         self._mapped: list[Any] | None = [read_arrow(file) for file in self._files] if in_place else None
-        rows = [read_arrow(file).num_rows for file in self._files] if self._mapped is None else map(len, self._mapped)
+        if rows is None:
+            rows = [len(block) for block in self._mapped or map(read_arrow, self._files)]
+        assert len(rows) == len(self._files), "blocks are missing from the folder"
         self.starts: Ids = np.cumsum([0, *rows])
 
     @property
@@ -257,10 +262,14 @@ def read_arrow(file: Path) -> Any:
 def write_arrow(file: Path, columns: dict[str, Any]) -> None:
     """Write columns as one record batch, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
+    # A temporary name of its own: an orphan of a killed run may still write beside the run that continues it.
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     batch = pa.record_batch(columns)
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
+    with temporary.open("wb") as stream:
+        with pa.ipc.new_file(pa.PythonFile(stream, mode="w"), batch.schema) as writer:
+            writer.write_batch(batch)
+        stream.flush()
+        os.fsync(stream.fileno())  # a report will vouch for this file
     temporary.replace(file)
 
 

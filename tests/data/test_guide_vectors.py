@@ -44,7 +44,7 @@ def test_another_guide_or_setting_is_another_store(tmp_path: Path):
     GuideVectors(tmp_path, GUIDE).add(keys, vectors_of(keys))
     other = GuideVectors(tmp_path, GUIDE | {"pooling": "cls"})
     assert not other.find(keys)[0].any()
-    assert (other.folder / "guide.json").is_file()
+    assert (other.folder / "guide.txt").is_file()
 
 
 def test_of_two_vectors_of_a_text_the_same_is_found_every_time(tmp_path: Path):

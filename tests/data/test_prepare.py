@@ -218,6 +218,26 @@ def test_the_report_says_what_the_shards_hold(shards: Path, verse_rows):
     assert report["tasks"]["default"]["rejects"] == {"pos equals query": 1, "query is not a string (int)": 1}
 
 
+def test_rows_without_negatives_and_files_without_rows_are_prepared(tiny_model: Path, verse_rows, tmp_path: Path):
+    """Also a task of one row, which has no candidate of another row, and two sources with a number each."""
+    pairs = [(r["query"], r["pos"], "t" if i else "alone") for i, r in enumerate(verse_rows[:9])]
+    rows = [{"query": query, "pos": positive, "task_name": task} for query, positive, task in pairs]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bad.jsonl").write_text('{"query": "q", "pos": ""}\n' * 4)
+    data = {"sources": [{"path": str(tmp_path / name)} for name in ("bad.jsonl", "good.jsonl")]}
+    out = prepare(recipe(tmp_path, tiny_model, tmp_path / "runs", data=data))
+    assert rows_of(out) == [(query, positive, [], task) for query, positive, task in pairs]
+    assert set(Shards.open(out).triplets.source) == {1}
+    report = read_data_report(out)
+    assert report["tasks"]["t"]["misranked"] is None and report["tasks"]["alone"]["masked"] is None
+    assert 0 <= report["tasks"]["t"]["masked"] <= 1
+    assert report["all"]["rejects"] == {"pos is empty": 4}
+
+    nothing = data | {"filters": {"min_similarity": 1.0}}
+    with pytest.raises(InputError, match=r"no usable row out of 13 \(guide\(query, pos\) is below 1\.0: 9 rows"):
+        prepare(recipe(tmp_path, tiny_model, tmp_path / "runs", name="none", data=nothing))
+
+
 def test_source_weights_do_not_belong_to_the_shards(shards: Path, source: Path, tiny_model: Path):
     data = {"sources": [{"path": str(source), "weight": 2.5}]}
     assert prepare(recipe(source, tiny_model, shards.parent.parent, data=data)) == shards

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gist_ray.data import sketch as sketch_module
 from gist_ray.data import statistics
-from gist_ray.data.statistics import MeasuredRows, Sketch, Statistics, TaskStatistics, measure
+from gist_ray.data.sketch import Sketch
+from gist_ray.data.statistics import MeasuredRows, Statistics, TaskStatistics, measure
 
 MAX_TOKENS = 12
 WORDS = ["a", "bb", "ccc", "dddd", "eeeee"]
@@ -181,7 +183,7 @@ def test_merging_sketches_is_set_union(a: Sketch, b: Sketch, c: Sketch):
         return left.hashes.tolist() == right.hashes.tolist()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "SKETCH_HASHES", 16)
+        patch.setattr(sketch_module, "SKETCH_HASHES", 16)
         a, b, c = (Sketch.of(sketch.hashes) for sketch in (a, b, c))
         assert same(a.merge(b), b.merge(a))
         assert same(a.merge(b).merge(c), a.merge(b.merge(c)))
@@ -194,16 +196,16 @@ def test_distinct_counts_are_exact_while_few_and_within_five_sigma_beyond(seed: 
     values = np.random.default_rng(seed).integers(0, 2**64, count, dtype=np.uint64)
     repeated = np.concatenate([values, values[: count // 3]])
     sketch = reduce(Sketch.merge, [Sketch.of(part) for part in np.array_split(repeated, parts)])
-    if count <= statistics.SKETCH_HASHES:
+    if count <= sketch_module.SKETCH_HASHES:
         assert sketch.exact and sketch.distinct() == count
     else:
         assert not sketch.exact
-        assert abs(sketch.distinct() - count) < 5 * count / statistics.SKETCH_HASHES**0.5
+        assert abs(sketch.distinct() - count) < 5 * count / sketch_module.SKETCH_HASHES**0.5
 
 
 def test_a_sketch_is_exact_to_its_last_hash():
-    values = np.random.default_rng(0).integers(0, 2**64, statistics.SKETCH_HASHES + 1, dtype=np.uint64)
-    assert Sketch.of(values[1:]).exact and Sketch.of(values[1:]).distinct() == statistics.SKETCH_HASHES
+    values = np.random.default_rng(0).integers(0, 2**64, sketch_module.SKETCH_HASHES + 1, dtype=np.uint64)
+    assert Sketch.of(values[1:]).exact and Sketch.of(values[1:]).distinct() == sketch_module.SKETCH_HASHES
     assert not Sketch.of(values).exact and len(Sketch.of(np.tile(values, 3)).hashes) == len(values)
 
 
