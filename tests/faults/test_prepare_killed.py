@@ -126,4 +126,4 @@ def test_a_killed_actor_is_replaced_and_redoes_its_block_alone(
     assert content(shards) == whole
     after = segments(tmp_path)
     assert {file: after[file] for file in kept} == kept
-    assert len(after) == blocks  # a segment's name holds its process: a block done twice would leave two
+    assert len(after) == blocks  # each has a name of its own: a block done twice would leave two
