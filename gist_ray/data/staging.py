@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -129,24 +129,26 @@ def stage_unit(unit: Unit, number: int, data: DataConfig, out: Path) -> dict[str
 
 
 class RejectLog:
-    """A file with a line for each row that is not used: where it stood, why, and what it held."""
+    """A file with a line for each row that is not used: where it stood, why, and what it held. No row, no file."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._stream: TextIO | None = None
         self.counts: dict[str, dict[str, int]] = {}
 
     def __enter__(self) -> RejectLog:
-        self._stream = self._file.open("w", encoding="utf-8")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
+        if self._stream:
+            self._stream.close()
 
     def add(self, source: str, row: int, reason: str, task: str | None, content: Any) -> None:
         """Write and count one row."""
         reasons = self.counts.setdefault(task or NO_TASK, {})
         reasons[reason] = reasons.get(reason, 0) + 1
         line = {"source": source, "row": row, "reason": reason, "content": _shown(content)}
+        self._stream = self._stream or self._file.open("w", encoding="utf-8")
         self._stream.write(json.dumps(line) + "\n")
 
 

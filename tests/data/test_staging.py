@@ -22,7 +22,8 @@ def staged(source: Path, out: Path) -> dict:
 
 
 def reject_lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "rejects" / "unit-00000000.jsonl").read_text().splitlines()]
+    files = sorted((out / "rejects").iterdir())  # no reject, no file
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("what", "name", "content", "expected"), BROKEN, ids=[f"{row[0]} {row[1]}" for row in BROKEN])
