@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gist_ray.config import MineConfig, Recipe, load_recipe
+    from gist_ray.config import MineConfig, Recipe
     from gist_ray.data.mine import mine
     from gist_ray.data.prepare import prepare
     from gist_ray.encoder import Encoder
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gist_ray.evaluation.run import evaluate
     from gist_ray.model_folder import export
     from gist_ray.preflight import check
+    from gist_ray.recipe_file import load_recipe
     from gist_ray.serving.app import serve, serve_model
     from gist_ray.tour import quickstart
     from gist_ray.training.run import train
@@ -47,7 +48,7 @@ _HOMES = {
     "check": "preflight",
     "evaluate": "evaluation.run",
     "export": "model_folder",
-    "load_recipe": "config",
+    "load_recipe": "recipe_file",
     "mine": "data.mine",
     "prepare": "data.prepare",
     "quickstart": "tour",

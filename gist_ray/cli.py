@@ -63,8 +63,8 @@ def _check(arguments: argparse.Namespace) -> str:
 
 
 def _mine(arguments: argparse.Namespace) -> Path:
-    from gist_ray.config import mine_config
     from gist_ray.data.mine import mine
+    from gist_ray.recipe_file import mine_config
 
     tree = {"source": {"path": arguments.input}, "guide": {"path": arguments.guide}}
     return mine(mine_config(tree, tuple(arguments.overrides)), arguments.output)
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    from gist_ray.config import load_recipe
+    from gist_ray.recipe_file import load_recipe
 
     return load_recipe(arguments.recipe, tuple(arguments.overrides))
 

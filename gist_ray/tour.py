@@ -20,7 +20,7 @@ import numpy as np
 
 from gist_ray import html
 from gist_ray.cluster import connected
-from gist_ray.config import Recipe, ServingConfig, load_recipe
+from gist_ray.config import Recipe, ServingConfig
 from gist_ray.data.prepare import prepare
 from gist_ray.encoder import load_model
 from gist_ray.errors import InputError
@@ -29,6 +29,7 @@ from gist_ray.evaluation.run import evaluate, ndcg_at_10_per_query
 from gist_ray.manifest import finished, read_manifest, write_json, write_manifest
 from gist_ray.metrics import METRICS, read_metrics
 from gist_ray.model_folder import export
+from gist_ray.recipe_file import load_recipe
 from gist_ray.serving.app import API_KEYS_VARIABLE, Endpoint, serve_model
 from gist_ray.training.run import train
 

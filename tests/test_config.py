@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from gist_ray.config import RECIPES_DIR, Recipe, load_recipe, mine_config, parse_recipe
+from gist_ray.config import Recipe
 from gist_ray.errors import InputError
+from gist_ray.recipe_file import RECIPES_DIR, load_recipe, mine_config, parse_recipe
 
 MINIMAL = {
     "name": "n",

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from gist_ray.cli import _parser
-from gist_ray.config import parse_recipe
+from gist_ray.recipe_file import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gist_ray.config import load_recipe
 from gist_ray.errors import InputError
+from gist_ray.recipe_file import load_recipe
 from gist_ray.tour import quickstart_recipe, read_verses, write_data
 
 

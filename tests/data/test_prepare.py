@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gist_ray.config import FilterConfig, Recipe, parse_recipe
+from gist_ray.config import FilterConfig, Recipe
 from gist_ray.data.numbering import MISRANKED, filtered
 from gist_ray.data.prepare import prepare
 from gist_ray.data.report import read_data_report
@@ -16,6 +16,7 @@ from gist_ray.data.shards import Shards, token_dtype_for
 from gist_ray.data.texts import text_key
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
+from gist_ray.recipe_file import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gist_ray.config import Recipe, parse_recipe
+from gist_ray.config import Recipe
 from gist_ray.data.prepare import prepare
 from gist_ray.data.shards import Shards
 from gist_ray.encoder import Encoder
+from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.loop import (
     batch_loss,
     batches_from,

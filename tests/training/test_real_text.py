@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gist_ray.config import parse_recipe
 from gist_ray.encoder import Encoder
 from gist_ray.evaluation.run import evaluate
 from gist_ray.metrics import read_metrics
+from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.checkpoint import student_folder
 from gist_ray.training.run import train
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gist_ray.config import Recipe, parse_recipe
+from gist_ray.config import Recipe
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.manifest import read_manifest
 from gist_ray.metrics import read_metrics
 from gist_ray.model_folder import export
+from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.checkpoint import student_folder
 from gist_ray.training.run import train
 
