@@ -52,7 +52,7 @@ class GuideVectors:
             except (pa.ArrowException, OSError, KeyError) as error:
                 raise InputError(f"{file} is damaged ({error}); remove it: its vectors are computed again") from error
             place = np.minimum(np.searchsorted(here, keys), len(here) - 1)
-            new = (here[place] == keys) & ~found
+            new = here[place] == keys
             if new.any():
                 if vectors is None:
                     vectors = np.empty((len(keys), matrix.shape[1]), dtype=np.float16)

@@ -25,7 +25,7 @@ from figures import Figure, interleaved, main, median_figure, ratios
 
 from gist_ray.data.plan import EpochPlan, Planner
 from gist_ray.data.shards import Triplets
-from gist_ray.encoder import length_sorted_chunks
+from gist_ray.encoder import SIMILAR_LENGTH, length_sorted_chunks
 
 TRAIN = Path(__file__).parents[3] / "shared" / "data" / "train"
 ROLES = ("query", "pos", "neg")
@@ -249,7 +249,8 @@ def padding_figures(real: Real, task: np.ndarray, batch_size: int) -> list[Figur
         for batch in batches:
             own = lengths[triplets.texts_of(batch)]
             real_tokens += int(own.sum())
-            computed += sum(len(chunk) * int(own[chunk].max()) for chunk in length_sorted_chunks(own, CHUNK_TOKENS))
+            chunks = length_sorted_chunks(own, CHUNK_TOKENS, similar=SIMILAR_LENGTH)  # as `Encoder.embed`
+            computed += sum(len(chunk) * int(own[chunk].max()) for chunk in chunks)
         return real_tokens / computed
 
     def padded(batches: list[np.ndarray]) -> float:

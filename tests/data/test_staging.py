@@ -5,7 +5,7 @@ import pytest
 
 import gist_ray.data.staging as module
 from gist_ray.config import DataConfig, SourceConfig
-from gist_ray.data import files, parquet
+from gist_ray.data import files, parquet, sources
 from gist_ray.data.sources import find_units
 from gist_ray.data.staging import added_rejects, check_pieces, stage_unit
 from gist_ray.data.texts import read_arrow
@@ -62,6 +62,24 @@ def test_a_report_vouches_for_a_log_that_is_written(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "write_json", watched)
     staged(tmp_path / "a.jsonl", tmp_path / "out")
     assert [line["reason"] for line in seen[0]] == ["query is not a string (int)"]
+
+
+def test_a_reject_of_a_part_tells_its_row_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(sources, "_ROWS_PER_PART", 4)
+    rows = [{"query": f"q{i}", "pos": "" if i == 6 else f"p{i}"} for i in range(9)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=2)
+    data = DataConfig(sources=(SourceConfig(path=str(tmp_path / "a.parquet")),))
+    units = find_units(data.sources)
+    assert len(units) > 1
+    (tmp_path / "out" / "staging").mkdir(parents=True)
+    for number, unit in enumerate(units):
+        stage_unit(unit, number, data, tmp_path / "out")
+    [file] = (tmp_path / "out" / "rejects").iterdir()
+    line = json.loads(file.read_text())
+    assert (line["row"], line["reason"]) == (6, "pos is empty") and "a.parquet" in line["source"]
 
 
 @pytest.mark.parametrize(("limit", "value"), [("ROWS_PER_PIECE", 4), ("TEXTS_PER_PIECE", 12), ("CHARS_PER_PIECE", 40)])

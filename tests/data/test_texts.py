@@ -21,7 +21,7 @@ from gist_ray.data.texts import (
     unit_rows,
 )
 
-TEXTS = st.lists(st.text(min_size=1, max_size=6).filter(lambda t: t.isprintable()), min_size=1, max_size=40)
+TEXTS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=6), min_size=1, max_size=40)
 
 
 def staged(folder: Path, pieces: list[list[str]]) -> list[Path]:
