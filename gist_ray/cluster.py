@@ -91,7 +91,7 @@ def _check_gpus(cluster: ClusterConfig) -> None:
     """On this machine alone no GPU will join later: Ray would wait for it in silence."""
     import ray
 
-    wanted = cluster.gpus_per_worker * max(cluster.num_workers, cluster.data_workers)
+    wanted = cluster.gpus_per_worker * max(cluster.max_workers(), cluster.data_workers)
     present = ray.cluster_resources().get("GPU", 0)
     if wanted > present:
         raise InputError(
@@ -121,7 +121,7 @@ def logical_cpus(cluster: ClusterConfig) -> int:
     Training workers that hold every CPU starve a Ray Data task in silence, so a small machine
     advertises more than it has; threads, not this number, bound the real load.
     """
-    training = cluster.num_workers * cluster.cpus_per_worker
+    training = cluster.max_workers() * cluster.cpus_per_worker
     return max(os.cpu_count() or 1, int(training) + cluster.data_workers + 2)
 
 

@@ -5,6 +5,7 @@ Unknown keys are errors. Derived numbers are methods, so no number is stated twi
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -154,13 +155,43 @@ class LossConfig(_Section):
     """Guided in-batch contrastive loss (arXiv 2402.16829)."""
 
     temperature: float = Field(default=0.01, gt=0)
+    guide: Literal["frozen", "student", "none"] = "frozen"
+    """Whose similarities hide candidates: the guide's; the student's own of this very step (self-guide, which can
+    collapse: sentence-transformers #3662); or nobody's, so that only identical texts are hidden."""
     margin: float = Field(default=0.0, ge=-1, le=1)
     """A candidate is hidden when guide(candidate) > guide(query, positive) - margin."""
     margin_kind: Literal["absolute", "relative"] = "absolute"
-    guided: bool = True
-    """False: plain in-batch contrast, hiding only identical texts. The ablation of the paper."""
     contrast_queries: bool = True
     contrast_positives: bool = True
+    matryoshka_dims: tuple[int, ...] = ()
+    """Shorter vectors that are trained too (arXiv 2205.13147): the loss is the mean over these and the full length."""
+    soft_label_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the row's loss that is KL(guide || student) over the candidates that are not hidden: distillation."""
+    soft_label_temperature: float = Field(default=0.05, gt=0)
+    """Temperature of the guide's distribution."""
+
+    @field_validator("matryoshka_dims")
+    @classmethod
+    def _dims_are_distinct(cls, dims: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(dims)) < len(dims) or min(dims, default=1) < 1:
+            raise ValueError(f"dimensions {list(dims)} must be distinct and positive, e.g. [256, 128, 64]")
+        return tuple(sorted(dims, reverse=True))
+
+    @model_validator(mode="after")
+    def _soft_labels_have_a_guide(self) -> LossConfig:
+        if self.soft_label_weight and self.guide != "frozen":
+            raise ValueError(f"soft_label_weight needs `guide: frozen`, not `{self.guide}`: it learns from the guide")
+        return self
+
+
+class LoraConfig(_Section):
+    """Train low-rank adapters instead of all weights (arXiv 2106.09685); needs `pip install "gist-ray[lora]"`."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers to adapt, as peft takes them. Empty: every linear layer of the encoder's blocks."""
 
 
 class TrainConfig(_Section):
@@ -182,13 +213,38 @@ class TrainConfig(_Section):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """None: what the model folder says. 0 makes the result independent of the number of workers, to rounding."""
     seed: int = Field(default=42, ge=0)
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed divides over the workers: 1 Adam's moments, 2 also gradients, 3 also weights (worth it from about
+    a billion parameters on)."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: forward and backward in autocast; weights, moments and the loss stay fp32."""
     chunk_tokens: int | None = Field(default=None, ge=16)
     """Padded tokens per student forward: bounds padding, not the batch. None: what suits the device."""
+    activation_mb: int | None = Field(default=None, ge=0)
+    """Memory of each worker for activations that wait for their backward pass. Chunks beyond it are computed twice
+    (GradCache, arXiv 2101.06983), with the same result. None: half of what is free when training starts."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: for a single chunk that does not fit."""
+    compile: bool = False
+    """torch.compile the student."""
+    lora: LoraConfig | None = None
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed settings to merge into ours, or the path of their JSON file. What the recipe decides cannot be set."""
     log_steps: int = Field(default=1, ge=1)
     checkpoint_steps: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    storage_path: str | None = None
+    """Where checkpoints go while training runs: a folder that all nodes see, or `s3://…`. None: the run's folder."""
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_deepspeed(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"not a readable JSON file: {error}") from None
 
     def warmup_steps(self, total_steps: int) -> int:
         """Optimizer steps of linear warm-up."""
@@ -200,8 +256,8 @@ class ClusterConfig(_Section):
 
     address: str | None = None
     """Ray address. None: the cluster of `RAY_ADDRESS` (set inside a Ray job), else a Ray of our own on this machine."""
-    num_workers: int = Field(default=1, ge=1)
-    """Training workers."""
+    num_workers: int | tuple[int, int] = 1
+    """Training workers. `[min, max]`: as many as the cluster holds, and again when nodes come or go."""
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     """GPUs of each training worker and of each guide, mining and evaluation actor. 0: they compute on the CPU."""
@@ -211,7 +267,53 @@ class ClusterConfig(_Section):
     data_threads: int = Field(default=1, ge=1)
     """Threads of each of those actors."""
     max_failures: int = Field(default=3, ge=0)
-    """How often training restarts from its last checkpoint, and how often a guide or mining actor is replaced."""
+    """How often training restarts from its last checkpoint, and how often a guide or mining actor is replaced.
+    Preempted nodes do not count."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _workers_ordered(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = (workers, workers) if isinstance(workers, int) else workers
+        if not 1 <= low <= high:
+            raise ValueError(f"{workers} must be a number from 1, or [min, max] with 1 <= min <= max")
+        return workers
+
+    def max_workers(self) -> int:
+        """Most training workers there can be."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+
+class ValidationConfig(_Section):
+    """How the best checkpoint is chosen while training runs: on development rows, never on test data."""
+
+    rows: int = Field(default=0, ge=0)
+    """Rows held out of training. Each checkpoint is scored by how it ranks their positives; the best one is the
+    result of `train`. 0: the last one is."""
+    batch_tokens: int | None = Field(default=None, ge=16)
+    """Padded tokens per forward. None: what suits the device."""
+
+
+class MlflowConfig(_Section):
+    """Log to MLflow; needs `pip install mlflow-skinny`."""
+
+    tracking_uri: str | None = None
+    """None: the environment's `MLFLOW_TRACKING_URI`."""
+    experiment: str = "gist-ray"
+
+
+class WandbConfig(_Section):
+    """Log to Weights & Biases; needs `pip install wandb`."""
+
+    project: str = "gist-ray"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class TrackingConfig(_Section):
+    """Where else metrics go. `metrics.jsonl`, TensorBoard and Ray's Prometheus endpoint always have them."""
+
+    mlflow: MlflowConfig | None = None
+    wandb: WandbConfig | None = None
 
 
 class EvaluationConfig(_Section):
@@ -283,14 +385,16 @@ class Recipe(_Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
+    validation: ValidationConfig = ValidationConfig()
+    tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
 
     @model_validator(mode="after")
     def _batch_feeds_every_worker(self) -> Recipe:
-        if self.train.batch_size < self.cluster.num_workers:
+        if self.train.batch_size < self.cluster.max_workers():
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} is below cluster.num_workers {self.cluster.num_workers}"
+                f"train.batch_size {self.train.batch_size} is below cluster.num_workers {self.cluster.max_workers()}"
             )
         return self
 

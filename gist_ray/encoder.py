@@ -200,19 +200,24 @@ class Encoder:
             file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         return folder
 
-    def _forward(self, rows: list[TokenIds]) -> Tensor:
-        """One padded forward, `[len(rows), dim]`."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Vectors `[n, dim]` of padded rows, `[n, tokens]` each, where the weights are."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return torch.nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=-1)
+
+    def padded(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask of rows, `[len(rows), longest]` each, in main memory."""
         width = max(len(row) for row in rows)
-        pad_id = self.tokenizer.pad_token_id or 0
-        ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+        ids = np.full((len(rows), width), self.tokenizer.pad_token_id or 0, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-        input_ids = torch.from_numpy(ids).to(self.device)
-        attention_mask = torch.from_numpy(mask).to(self.device)
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return torch.nn.functional.normalize(pool(hidden, attention_mask, self.pooling), dim=-1)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def _forward(self, rows: list[TokenIds]) -> Tensor:
+        ids, mask = self.padded(rows)
+        return self.forward(ids.to(self.device), mask.to(self.device))
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:

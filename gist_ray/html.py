@@ -12,49 +12,16 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from gist_ray.style import STYLE
+
 Cell = str | int | float | None
+Point = tuple[float, float]
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #f7f8fa; --card: #ffffff; --line: #e1e5ea; --text: #1b2330;
-  --soft: #5c6878; --before: #a9b4c2; --after: #2f6fde; --up: #15803d; --down: #b42318; }
-@media (prefers-color-scheme: dark) { :root { --page: #10141a; --card: #181e26; --line: #2b3441;
-  --text: #e6eaf0; --soft: #98a4b5; --before: #596575; --after: #6ea2ff; --up: #4ade80; --down: #ff8a7a; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 960px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 26px; line-height: 1.25; margin: 0 0 6px; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 0 0 12px; }
-p { margin: 0 0 12px; } .intro { color: var(--soft); margin-bottom: 24px; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
-  margin: 0 0 16px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px;
-  margin: 0 0 16px; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
-.tile b { display: block; font-size: 23px; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; } .tall { max-height: 560px; overflow-y: auto; font-size: 13px; }
-.tall th { position: sticky; top: 0; background: var(--card); } table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); }
-th, td { vertical-align: top; }
-td { overflow-wrap: anywhere; max-width: 640px; } td:first-child { min-width: 130px; }
-tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; font-size: 13px; }
-.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 8px 24px; }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: 13px; }
-figcaption span { color: var(--soft); font-weight: 400; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
-svg .soft { fill: var(--soft); } svg .up { fill: var(--up); } svg .down { fill: var(--down); }
-svg .before { fill: var(--before); } svg .after { fill: var(--after); } svg .grid { stroke: var(--line); }
-svg .mark { stroke: var(--down); stroke-dasharray: 4 3; }
-svg .faint { stroke: var(--after); stroke-opacity: .3; } svg .curve { stroke: var(--after); stroke-width: 2; }
-svg .over { fill-opacity: .6; } svg polyline { fill: none; stroke-linejoin: round; }
-"""
-
 _BARS_WIDTH, _BARS_START, _BARS_END = 820, 230, 690  # bars lie between; names to the left, numbers to the right
+_STACK_START = 120
 _CHART_WIDTH, _CHART_HEIGHT = 420, 200
+_CHART_POINTS = 350  # as many as a chart is wide
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 410, 10, 176  # of the area that a chart draws in
 _CURVES = (
     ("loss", "loss", ""),
@@ -76,7 +43,7 @@ def render_report(title: str, intro: str, sections: Sequence[str]) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/>
-<title>{_escaped(title)}</title><style>{_STYLE}</style></head>
+<title>{_escaped(title)}</title><style>{STYLE}</style></head>
 <body><main><h1>{_escaped(title)}</h1><p class="intro">{_escaped(intro)}</p>
 {body}
 </main></body></html>
@@ -91,6 +58,11 @@ def section(heading: str, *pieces: str) -> str:
 def paragraph(text: str) -> str:
     """Plain text as a paragraph."""
     return f"<p>{_escaped(text)}</p>"
+
+
+def preformatted(text: str) -> str:
+    """Plain text with its line breaks and columns."""
+    return f"<pre>{_escaped(text)}</pre>"
 
 
 def tiles(items: Sequence[tuple[str, str, str]]) -> str:
@@ -157,8 +129,9 @@ def line_chart(
     *,
     x_name: str = "step",
     smooth: bool = True,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """A curve with axes.
+    """A curve with axes. Of a long series each pixel shows the lowest and the highest value.
 
     Args:
         title: what is drawn.
@@ -167,6 +140,7 @@ def line_chart(
         unit: of `ys`.
         x_name: what `xs` counts.
         smooth: draw long series as a smoothed line over the faint raw one.
+        marks: positions to draw a vertical line at, and their names; left out where they are beyond the curve.
     """
     points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
     caption = f"<figcaption>{_escaped(title)} <span>{_escaped(unit)}</span></figcaption>"
@@ -183,13 +157,12 @@ def line_chart(
     parts = _grid(y_ticks)
     parts.append(_under(_LEFT, _short(x_low), "start"))
     parts.append(_under(_RIGHT, f"{x_name} {_short(points[-1][0])}", "end"))
-    raw = [place(x, y) for x, y in points]
-    means = _smoothed([y for _, y in points])
-    curve = [place(x, y) for (x, _), y in zip(points, means, strict=True)] if smooth else raw
     if len(points) == 1:
-        parts.append(f'<circle cx="{raw[0][0]:.1f}" cy="{raw[0][1]:.1f}" r="3" class="after"/>')
+        x, y = place(*points[0])
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" class="after"/>')
     else:
-        parts.append(_polyline(raw, "faint") + _polyline(curve, "curve"))
+        parts += [_polyline([place(*point) for point in line], kind) for line, kind in _lines(points, smooth)]
+    parts += [_mark(place(x, 0)[0], mark) for x, mark in marks if x_low <= x <= x_high]
     name = f"{title}: {_short(points[0][1])} at first, {_short(points[-1][1])} at last"
     return f"<figure>{caption}{_svg(_CHART_WIDTH, _CHART_HEIGHT, name, ''.join(parts))}</figure>"
 
@@ -252,6 +225,31 @@ def training_curves(metrics: Sequence[Mapping[str, float]]) -> str:
             xs, ys = [x for x, _ in points], [y for _, y in points]
             charts.append(line_chart(title, xs, ys, unit, smooth=key != "learning_rate"))
     return f'<div class="charts">{"".join(charts)}</div>' if charts else paragraph("no metrics were logged")
+
+
+def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tuple[str, int]], unit: str) -> str:
+    """Horizontal bars from zero, each cut into parts: (name, length of each part) each, with the sum.
+
+    Args:
+        rows: from top to bottom; lengths `[parts]` that are not negative.
+        parts: their names, and the colour of each, 0 to 8, of which 8 is the faintest.
+        unit: of the lengths.
+    """
+    scale = (_BARS_END - _STACK_START) / (max((sum(lengths) for _, lengths in rows), default=0.0) or 1.0)
+    pieces = []
+    for i, (name, lengths) in enumerate(rows):
+        x, y = float(_STACK_START), 26 * i + 4
+        pieces.append(f'<text x="{x - 10}" y="{y + 13}" text-anchor="end">{_escaped(clip(name, 16))}</text>')
+        for (part, colour), length in zip(parts, lengths, strict=True):
+            hover = f"<title>{_escaped(f'{name}, {part}: {_short(length)} {unit}')}</title>"
+            box = f'x="{x:.1f}" y="{y}" width="{length * scale:.1f}" height="18" class="part{colour}"'
+            pieces.append(f"<rect {box}>{hover}</rect>")
+            x += length * scale
+        total = f"{_short(sum(lengths))} {unit}"
+        pieces.append(f'<text x="{x + 8:.1f}" y="{y + 13}" class="soft">{_escaped(total)}</text>')
+    keys = [f'<span><i class="part{colour}"></i>{_escaped(part)}</span>' for part, colour in parts]
+    bars = _svg(_BARS_WIDTH, 26 * len(rows) + 4, f"stacked bars of {len(rows)} rows", "".join(pieces))
+    return f'<figure><p class="legend">{" ".join(keys)}</p>{bars}</figure>'
 
 
 def clip(text: str, length: int) -> str:
@@ -318,6 +316,26 @@ def _svg(width: float, height: float, name: str, inner: str) -> str:
 
 def _polyline(points: Sequence[tuple[float, float]], kind: str) -> str:
     return f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
+
+
+def _lines(points: Sequence[Point], smooth: bool) -> list[tuple[Sequence[Point], str]]:
+    """The lines that show a series, and their kinds: itself, faint below its smoothed self if so wished."""
+    extremes, means = _thinned(points)
+    if not smooth:
+        return [(extremes, "curve")]
+    smoothed = zip([x for x, _ in means], _smoothed([y for _, y in means]), strict=True)
+    return [(extremes, "faint"), (list(smoothed), "curve")]
+
+
+def _thinned(points: Sequence[Point]) -> tuple[Sequence[Point], Sequence[Point]]:
+    """The lowest and the highest point of each of a chart's pixels, and the mean points; few points as they are."""
+    size = -(-len(points) // _CHART_POINTS)
+    if size == 1:
+        return points, points
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    extremes = [{min(g, key=lambda p: p[1]), max(g, key=lambda p: p[1])} for g in groups]
+    means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+    return [point for pair in extremes for point in sorted(pair)], means
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

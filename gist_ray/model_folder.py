@@ -99,7 +99,7 @@ print(model.similarity(vectors, vectors))
 | what | value |
 |---|---|
 | student | `{_short_name(student["path"])}`{layers} |
-| guide | `{_short_name(guide["path"])}` ({"used" if loss["guided"] else "not used"}) |
+| guide | `{_short_name(guide["path"])}` ({loss["guide"]}) |
 | steps x batch | {provenance["steps"]} x {train["batch_size"]} triplets, {train["epochs"]} epochs |
 | learning rate | {train["learning_rate"]}, {train["schedule"]}, warm-up {train["warmup_ratio"]} |
 | temperature, margin | {loss["temperature"]}, {loss["margin"]} ({loss["margin_kind"]}) |

@@ -30,11 +30,11 @@ def check(recipe: Recipe) -> str:
         "guide": _model_facts(guide) | {"content": model_fingerprint(recipe.guide)["weights"][:16]},
         "batch": {
             "triplets_per_step": recipe.train.batch_size,
-            "triplets_per_worker": -(-recipe.train.batch_size // recipe.cluster.num_workers),
+            "triplets_per_worker": -(-recipe.train.batch_size // recipe.cluster.max_workers()),
             "candidates_per_query": _candidates(recipe),
         },
         "memory_mb_per_worker": _memory(recipe, student),
-        "deepspeed": deepspeed_config(recipe.train, recipe.cluster.num_workers),
+        "deepspeed": deepspeed_config(recipe.train, recipe.cluster.max_workers()),
     }
     resolved = {"recipe": recipe.model_dump(mode="json"), "derived": derived}
     return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip()
@@ -59,7 +59,7 @@ def _memory(recipe: Recipe, student: Encoder) -> dict[str, float]:
     """Weights, gradients and Adam moments in megabytes; ZeRO stages divide what they shard by the workers."""
     parameters = sum(p.numel() for p in student.model.parameters())
     megabytes = parameters * _FP32_BYTES / 1e6
-    workers, stage = recipe.cluster.num_workers, recipe.train.zero_stage
+    workers, stage = recipe.cluster.max_workers(), recipe.train.zero_stage
     return {
         "weights": round(megabytes, 1),
         "gradients": round(megabytes / (workers if stage >= 2 else 1), 1),

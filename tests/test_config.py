@@ -40,12 +40,12 @@ def test_every_problem_is_named_with_place_and_value():
 def test_overrides(tmp_path: Path):
     file = tmp_path / "r.yaml"
     file.write_text("name: a\ndata: {sources: [{path: x}]}\nstudent: {path: s}\nguide: {path: g}\n")
-    recipe = load_recipe(file, ("train.learning_rate=2e-5", "name=b", "student.layers=[0, 2]", "loss.guided=false"))
-    assert (recipe.train.learning_rate, recipe.name, recipe.student.layers, recipe.loss.guided) == (
+    recipe = load_recipe(file, ("train.learning_rate=2e-5", "name=b", "student.layers=[0, 2]", "loss.guide=none"))
+    assert (recipe.train.learning_rate, recipe.name, recipe.student.layers, recipe.loss.guide) == (
         2e-5,
         "b",
         (0, 2),
-        False,
+        "none",
     )
     for bad in ("train", "=3", "name.x=1", "train.learning_rate=fast", "nothing.at_all=1"):
         with pytest.raises(InputError):

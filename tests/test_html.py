@@ -167,3 +167,53 @@ def test_tall_tables_scroll():
     assert 'class="scroll tall"' in html.table(["a"], [["b"]], tall=True)
     assert "tall" not in html.table(["a"], [["b"]])
     assert html.clip("abcdef", 4) == "abc…" and html.clip("abcd", 4) == "abcd"
+
+
+def test_a_long_series_is_drawn_with_few_points_and_all_its_peaks():
+    values = [0.0] * 100_000
+    values[54_321] = 8.0
+    chart = parse(html.line_chart("loss", list(range(100_000)), values))
+    faint, curve = (line.get("points").split() for line in chart.iter() if line.tag.endswith("polyline"))
+    assert len(faint) <= 700 and len(curve) <= 350
+    peak = min(faint, key=lambda point: float(point.split(",")[1])).split(",")
+    assert float(peak[1]) == pytest.approx(10) and float(peak[0]) == pytest.approx(56 + 0.54321 * 354, abs=1)
+    assert [float(p.split(",")[0]) for p in faint] == sorted(float(p.split(",")[0]) for p in faint)
+    assert min(float(point.split(",")[1]) for point in curve) > 150  # one value among a thousand barely moves the mean
+    (raw,) = (
+        e for e in parse(html.line_chart("lr", [1, 2], [1, 2], smooth=False)).iter() if e.tag.endswith("polyline")
+    )
+    assert raw.get("class") == "curve"
+
+
+def test_marks_are_drawn_where_they_are_and_left_out_beyond_the_curve():
+    chart = html.line_chart("loss", [0, 10], [1, 2], marks=[(5, "restart"), (10, ""), (11, "late"), (-1, "early")])
+    lines = [e for e in parse(chart).iter() if e.tag.endswith("line") and e.get("class") == "mark"]
+    assert [float(line.get("x1")) for line in lines] == [233.0, 410.0]
+    assert "restart" in words(chart) and "late" not in words(chart) and "early" not in words(chart)
+
+
+@given(st.lists(st.lists(st.floats(0, 1e9), min_size=3, max_size=3), max_size=20))
+def test_stacked_bars_are_proportional_and_stay_inside(rows):
+    parts = [(CONTROL, 0), ("b", 3), ("other", 8)]
+    bars = parse(html.stacked_bars([(f"rank {i}", row) for i, row in enumerate(rows)], parts, "ms"))
+    rects = [e for e in bars.iter() if e.tag.endswith("rect")]
+    assert len(rects) == 3 * len(rows)
+    longest = max((sum(row) for row in rows), default=0) or 1
+    for i, row in enumerate(rows):
+        x = 120.0
+        for rect, length, (_, colour) in zip(rects[3 * i : 3 * i + 3], row, parts, strict=True):
+            assert float(rect.get("x")) == pytest.approx(x, abs=0.06)
+            assert float(rect.get("width")) == pytest.approx(length / longest * 570, abs=0.06)
+            assert rect.get("class") == f"part{colour}"
+            x += length / longest * 570
+        assert x <= 690.1
+
+
+def test_stacked_bars_want_a_length_for_each_part():
+    with pytest.raises(ValueError, match="zip"):
+        html.stacked_bars([("rank 0", [1.0])], [("a", 0), ("b", 1)], "ms")
+
+
+def test_preformatted_text_keeps_its_lines_and_is_escaped():
+    assert html.preformatted(f"a: 1\n  b: {NASTY}").count("\n") == 1
+    assert "<script" not in html.preformatted(NASTY) and words(html.preformatted(NASTY)) == NASTY

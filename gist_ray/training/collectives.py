@@ -1,4 +1,4 @@
-"""The one collective of the loss: gather rows from every worker, with gradient."""
+"""Collectives: gather rows from every worker with gradient, and small numbers without."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def gather_rows(local: Tensor, counts: list[int]) -> Tensor:
         return local
     gathered: Tensor = _GatherRows.apply(local, counts)  # type: ignore[no-untyped-call]  # torch's own
     return gathered
+
+
+def gather_numbers(numbers: list[float]) -> Tensor:
+    """The same few numbers of every worker, `[workers, len(numbers)]` in float64, in rank order."""
+    own = torch.tensor(numbers, dtype=torch.float64)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own[None]
+    if dist.get_backend() == "nccl":
+        own = own.cuda()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.stack(parts).cpu()
 
 
 class _GatherRows(torch.autograd.Function):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gist_ray.config import LossConfig
 from gist_ray.encoder import widened
+from gist_ray.errors import InputError
+from gist_ray.training.tiles import TILE, Constants, TiledContrast
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Candidates:
     student: Tensor
     """`[n, dim]`, unit norm, with gradient."""
     guide: Tensor
-    """`[n, guide_dim]`, unit norm, fp32."""
+    """`[n, guide_dim]`, unit norm, fp32. Not read without a frozen guide: `[n, 0]` will do."""
     ids: Tensor
     """`[n]` text ids: equal ids mean equal texts."""
 
@@ -45,12 +47,14 @@ def guided_contrastive_loss(
     negative: Candidates,
     own_rows: Tensor,
     config: LossConfig,
+    *,
+    tile: int | None = None,
 ) -> RowLosses:
     """Losses of some rows of a global batch against all of its texts (arXiv 2402.16829; defects fixed).
 
     `query` and `positive` hold the B rows of the global batch, `negative` any number of hard negatives; `own_rows
-    [b]` are the rows to compute. The mean of all B losses is the loss of the batch, whoever computes which rows:
-    there is no world-size factor here.
+    [b]` are the distinct rows to compute. The mean of all B losses is the loss of the batch, whoever computes which
+    rows: there is no world-size factor here.
 
     Row i contrasts s(q_i, p_i) with four blocks in one softmax: q_i against every positive, every negative and every
     query, and p_i against every positive. A candidate is hidden when the guide scores it strictly above
@@ -59,30 +63,49 @@ def guided_contrastive_loss(
     - a candidate whose *text* is q_i or p_i is hidden always, by id. This takes in the self-diagonals, which the others
       leave to rounding, and repeated texts, which a strict `>` can never hide;
     - the pair (q_i, p_i) itself stands apart from the candidates, so no margin can hide it;
+    - a tie is no `>`, to rounding: texts with equal guide vectors fare alike on any number of workers;
     - logits and thresholds are fp32 or wider, whatever the model computes in.
 
     A row with every candidate hidden has loss 0.
+
+    Soft labels of weight w make a row's loss (1 - w) * cross-entropy + w * KL(guide || student), both distributions
+    over the target and the candidates that are not hidden, the guide's with its own temperature. With Matryoshka
+    dimensions (arXiv 2205.13147) a row's loss is the mean over the full vectors and those cut to each dimension and
+    renormalised. What is hidden depends on no dimension: `guide: student` looks at full vectors.
+
+    Rows and candidates are walked in tiles of `tile` x `tile` (None: what suits the device), forward and again
+    backward, so memory grows with B, not B². The result depends on it to rounding. There is no second derivative:
+    a backward pass with `create_graph=True` raises RuntimeError.
+
+    Raises:
+        InputError: a Matryoshka dimension that is not below the student's.
     """
-    q, p = query.rows(own_rows), positive.rows(own_rows)
-    target = (widened(q.student) * widened(p.student)).sum(-1, keepdim=True)
-    threshold = (q.guide * p.guide).sum(-1, keepdim=True)
-    threshold = threshold - config.margin * (threshold.abs() if config.margin_kind == "relative" else 1.0)
+    roles = (query, positive, negative)
+    device = query.student.device
+    with torch.autocast(device.type, enabled=False):
+        students = [widened(texts.student) for texts in roles]
+        dims = [students, *_cut(students, config.matryoshka_dims)]
+        hiding = [student.detach() for student in students] if config.guide == "student" else [t.guide for t in roles]
+        constants = Constants(
+            config=config,
+            tile=tile or TILE.get(device.type, TILE["cuda"]),
+            own_rows=own_rows,
+            guides=tuple(widened(vectors) for vectors in hiding),
+            ids=tuple(texts.ids for texts in roles),
+        )
+        loss, hidden, candidates = TiledContrast.apply(  # type: ignore[no-untyped-call]  # torch's own
+            constants, *(vectors for dim in dims for vectors in dim)
+        )
+    return RowLosses(loss, hidden, candidates)
 
-    blocks = [(q, positive), (q, negative)]
-    blocks += [(q, query)] if config.contrast_queries else []
-    blocks += [(p, positive)] if config.contrast_positives else []
 
-    logits = [target / config.temperature]
-    hidden = candidates = torch.zeros((), dtype=torch.int64, device=target.device)
-    for anchor, others in blocks:
-        similarity = widened(anchor.student) @ widened(others.student).T
-        same = (others.ids == q.ids[:, None]) | (others.ids == p.ids[:, None])
-        masked = same
-        if config.guided:
-            above = (anchor.guide @ others.guide.T) > threshold
-            masked = same | above
-            hidden = hidden + (above & ~same).sum()
-        candidates = candidates + (~same).sum()
-        logits.append((similarity / config.temperature).masked_fill(masked, -torch.inf))
-    scores = torch.cat(logits, dim=1)
-    return RowLosses(torch.logsumexp(scores, dim=1) - scores[:, 0], hidden, candidates)
+def _cut(students: list[Tensor], dims: tuple[int, ...]) -> list[list[Tensor]]:
+    """The vectors of each role at each of `dims`, of unit norm."""
+    full = students[0].shape[1]
+    too_long = [dim for dim in dims if dim >= full]
+    if too_long:
+        raise InputError(
+            f"loss.matryoshka_dims {too_long} must be below the {full} dimensions of the student, whose full vectors "
+            "are trained anyway; remove them"
+        )
+    return [[torch.nn.functional.normalize(student[:, :dim], dim=1) for student in students] for dim in dims]

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from gist_ray.cluster import connected
 from gist_ray.config import Recipe
@@ -19,99 +13,100 @@ from gist_ray.data.prepare import prepare
 from gist_ray.data.shards import Shards
 from gist_ray.encoder import load_model, model_fingerprint
 from gist_ray.errors import InputError
-from gist_ray.manifest import digest_of, finished, read_manifest, write_json, write_manifest
-from gist_ray.metrics import METRICS, read_metrics
-from gist_ray.training.checkpoint import KIND
+from gist_ray.manifest import digest_of, finished, read_manifest, write_manifest
+from gist_ray.metrics import EVENTS, METRICS, remove_logs
+from gist_ray.training.checkpoint import KIND, STUDENT, trained_student
+from gist_ray.training.engine import deepspeed_config
 from gist_ray.training.loop import count_steps, train_loop
+from gist_ray.training.progress import progress
+from gist_ray.training.report import write_train_report
+from gist_ray.training.storage import RunStorage, fetch
+from gist_ray.training.tracking import check_trackers, tracked
+from gist_ray.training.validation import SCORE, VALIDATIONS, best_checkpoint, ray_validation
 
 log = logging.getLogger(__name__)
+
+_RESIZE_EVERY_S = 30.0  # how often an elastic run looks for more workers
+
+
+class TrainingStopped(RuntimeError):
+    """Training failed more often than it may, or its cluster is gone. The run can be resumed."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
     """Fine-tune the student of a recipe and return the checkpoint folder; at once if it is already there.
 
-    Prepares the shards first if need be. `resume` continues a run whose driver died; workers that die meanwhile are
-    restarted from the last checkpoint without it.
+    Prepares the shards first if need be. `resume` continues a run whose driver died, on any number of workers; workers
+    that die meanwhile are replaced, and go on from the last checkpoint, without it.
 
     Raises:
         InputError: bad recipe parts, a checkpoint made from something else, or an unfinished run without `resume`.
-        ray.train.v2.api.exceptions.TrainingFailedError: training failed more than `cluster.max_failures` times.
+        TrainingStopped: training failed more than `cluster.max_failures` times, or the cluster is gone.
     """
     out = recipe.checkpoint_dir()
+    deepspeed_config(recipe.train, recipe.cluster.max_workers())
     shards_dir = prepare(recipe)
     made_from = checkpoint_fingerprint(recipe, shards_dir)
     if finished(out, KIND, made_from):
         return out
     load_model(recipe.student, layers=recipe.student.layers)  # a wrong student fails here, not on every worker
-    run_name = f"train-{digest_of(made_from)[:8]}"
-    run_dir = recipe.run_dir()
-    if (run_dir / run_name).exists() and not resume:
+    check_trackers(recipe)
+    run_dir, run_name = recipe.run_dir(), f"train-{digest_of(made_from)[:8]}"
+    storage_path = recipe.train.storage_path or str(run_dir)
+    storage = RunStorage.at(storage_path, run_name)
+    if storage.exists() and not resume:
         raise InputError(
-            f"{run_dir / run_name} is an unfinished run of this very recipe; "
+            f"{storage.path} is an unfinished run of this very recipe; "
             "continue it with --resume, or remove that folder to start again"
         )
-    _check_workers(recipe, run_dir / run_name)
-    if not (run_dir / run_name).exists():
-        (run_dir / METRICS).unlink(missing_ok=True)
+    if not storage.exists():
+        remove_logs(run_dir)
+        (run_dir / VALIDATIONS).unlink(missing_ok=True)
     epoch_steps = count_steps(Shards.open(shards_dir), recipe)
     total_steps = sum(epoch_steps)
-    log.info(
-        "train: %d steps of %d triplets on %d workers", total_steps, recipe.train.batch_size, recipe.cluster.num_workers
-    )
-    with connected(recipe.cluster), _progress(run_dir / METRICS, total_steps):
-        checkpoint = _fit(recipe, shards_dir, epoch_steps, run_name)
-        shutil.rmtree(out, ignore_errors=True)
-        checkpoint.to_directory(str(out))
-    shutil.copyfile(run_dir / METRICS, out / METRICS)
-    write_manifest(out, KIND, made_from, recipe=recipe.model_dump(mode="json"), steps=total_steps)
-    shutil.rmtree(run_dir / run_name)
-    (run_dir / run_name).with_suffix(".json").unlink()
+    log.info("train: %d steps of %d triplets", total_steps, recipe.train.batch_size)
+    with connected(recipe.cluster), progress(run_dir / METRICS, total_steps), tracked(recipe, run_dir):
+        result = _fit(recipe, shards_dir, epoch_steps, storage_path, run_name)
+        folder, score = _chosen(recipe, storage, result)
+        fetch(storage, folder, out)
+    trained_student(recipe, out).save(out / STUDENT)
+    for name in (METRICS, EVENTS, VALIDATIONS):
+        if (run_dir / name).is_file():
+            shutil.copyfile(run_dir / name, out / name)
+    write_train_report(run_dir, recipe, out)
+    facts = {"recipe": recipe.model_dump(mode="json"), "steps": total_steps, "validation": score}
+    write_manifest(out, KIND, made_from, **facts)
+    storage.delete()
     return out
 
 
 def checkpoint_fingerprint(recipe: Recipe, shards_dir: Path) -> dict[str, Any]:
-    """What decides the trained weights: shards, student, loss, training section.
+    """What decides the trained weights: shards, student, loss, training and validation sections.
 
-    The number of workers is not in it: it changes rounding and dropout, not the batches.
+    The number of workers and the memory there is are not in it: they change rounding and dropout, not the batches.
     """
     shards = read_manifest(shards_dir)
     assert shards is not None, "prepare returns finished shards"
-    passive = {"log_steps", "checkpoint_steps", "keep_checkpoints"}
+    passive = {"log_steps", "checkpoint_steps", "keep_checkpoints", "activation_mb", "storage_path"}
     return {
         "shards": digest_of(shards["fingerprint"]),
         "student": model_fingerprint(recipe.student) | {"layers": recipe.student.layers},
         "loss": recipe.loss.model_dump(mode="json"),
         "train": recipe.train.model_dump(mode="json", exclude=passive),
+        "held_out_rows": recipe.validation.rows,
         "source_weights": [source.weight for source in recipe.data.sources],
     }
 
 
-def _check_workers(recipe: Recipe, run: Path) -> None:
-    """DeepSpeed loads a ZeRO checkpoint on the same number of workers only: say so before Ray starts.
-
-    The number is kept beside the run's folder, which is Ray Train's own.
-    """
-    file = run.with_suffix(".json")
-    workers = {"num_workers": recipe.cluster.num_workers}
-    if run.exists() and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before != workers and recipe.train.zero_stage > 0:
-            raise InputError(
-                f"{run} was started on {before['num_workers']} workers and ZeRO {recipe.train.zero_stage} cannot "
-                f"resume it on {workers['num_workers']}; set cluster.num_workers back, or remove {run} to start again"
-            )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, workers)
-
-
-def _fit(recipe: Recipe, shards_dir: Path, epoch_steps: list[int], run_name: str) -> Any:
-    """Run Ray Train to the end and return its last checkpoint."""
+def _fit(recipe: Recipe, shards_dir: Path, epoch_steps: list[int], storage_path: str, run_name: str) -> Any:
+    """Run Ray Train to the end."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cluster = recipe.cluster
+    cluster, validated = recipe.cluster, recipe.validation.rows > 0
     gpus = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if gpus else {})
+    ranked = {"checkpoint_score_attribute": SCORE, "checkpoint_score_order": "max"} if validated else {}
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
@@ -121,43 +116,46 @@ def _fit(recipe: Recipe, shards_dir: Path, epoch_steps: list[int], run_name: str
             "run_dir": str(recipe.run_dir()),
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=cluster.num_workers, use_gpu=gpus, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=gpus,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
+        ),
         run_config=RunConfig(
             name=run_name,
-            storage_path=str(recipe.run_dir()),
+            storage_path=storage_path,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(num_to_keep=recipe.train.keep_checkpoints, **ranked),
         ),
+        validation_config=ray_validation(recipe, shards_dir) if validated else None,
     )
-    checkpoint = trainer.fit().checkpoint
-    assert checkpoint is not None, "the loop reports a checkpoint at its last step"
-    return checkpoint
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
+
+    try:
+        return trainer.fit()
+    except (TrainingFailedError, RayError) as error:
+        causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+        for cause in causes:
+            if isinstance(getattr(cause, "cause", cause), InputError):
+                raise cause from error
+        raise TrainingStopped(
+            f"training stopped: {_last_line(causes[0])}; its checkpoints are kept, --resume goes on from the last one"
+        ) from error
 
 
-@contextmanager
-def _progress(metrics_file: Path, total_steps: int) -> Iterator[None]:
-    """Show the run's own metrics file as a bar: workers may sit on other nodes, the file is where all can see it."""
-    stop = threading.Event()
+def _last_line(error: BaseException) -> str:
+    """What an error says in the end: Ray's begin with the traceback of the worker."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
-    def follow(bar: Any) -> None:
-        while not stop.wait(0.5):
-            show(bar)
 
-    def show(bar: Any) -> None:
-        lines = read_metrics(metrics_file)
-        if lines:
-            last = lines[-1]
-            bar.n = int(last["step"])
-            bar.set_postfix_str(
-                f"loss {last['loss']:.3f}, masked {last['masked_share']:.1%}, {last['tokens_per_s']:.0f} tokens/s"
-            )
-
-    with tqdm(total=total_steps, desc="train", unit="step", disable=None) as bar:
-        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            show(bar)
+def _chosen(recipe: Recipe, storage: RunStorage, result: Any) -> tuple[str, float | None]:
+    """Folder of the checkpoint that is the result: the best on the held-out rows, or the last; and its score."""
+    if recipe.validation.rows:
+        checkpoint, metrics = best_checkpoint(result)
+        if checkpoint is not None:
+            return str(checkpoint.path), metrics.get(SCORE)
+    newest = storage.newest()
+    assert newest is not None, "the loop saves a checkpoint at its last step"
+    return newest[0], None

@@ -1,4 +1,4 @@
-"""Kill -9 of a training worker and of the driver, in mid-run: each ends in an exact resume."""
+"""Kill -9 of a worker, a driver, a raylet; a full disk; a truncated checkpoint: each ends in an exact resume."""
 
 import json
 import os
@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from gist_ray.metrics import read_metrics
+from gist_ray.training.checkpoint import progress_of
 from tests.faults.processes import alive, descendants
 
 pytestmark = pytest.mark.slow
@@ -22,7 +24,7 @@ KILL_AFTER_STEP = 23  # past the checkpoint of step 20, so that steps must be re
 STEPS = {"batch_size": 8, "epochs": 2, "checkpoint_steps": 10, "learning_rate": 1e-3}
 
 
-def write_recipe(folder: Path, model: Path, rows: list[dict[str, Any]], name: str) -> Path:
+def write_recipe(folder: Path, model: Path, rows: list[dict[str, Any]], name: str, **train: Any) -> Path:
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:400]))
     recipe = {
         "name": name,
@@ -30,7 +32,7 @@ def write_recipe(folder: Path, model: Path, rows: list[dict[str, Any]], name: st
         "data": {"sources": [{"path": str(folder / "a.jsonl")}]},
         "student": {"path": str(model), "max_tokens": 32},
         "guide": {"path": str(model)},
-        "train": STEPS,
+        "train": {**STEPS, **train},
         "loss": {"temperature": 0.05},
         "cluster": {"num_workers": 2, "max_failures": 2},
     }
@@ -93,27 +95,124 @@ def _watch(metrics: Path, process: subprocess.Popen[str], shortest: list[int]) -
         time.sleep(0.005)
 
 
-def test_a_killed_driver_is_resumed_on_request(undisturbed, tiny_model: Path, verse_rows, tmp_path: Path):
-    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "run")
-    process = start(recipe)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_for_step(metrics, KILL_AFTER_STEP, process)
+def kill_driver(process: subprocess.Popen[str]) -> None:
+    """Kill -9 the driver, and wait until its workers are gone: they would write beside the resumed run."""
     below = descendants(process.pid)
     process.kill()
     process.communicate()
     workers = [pid for pid, name in below.items() if name.startswith("ray::RayTrainWorker")]
-    assert len(workers) == 2
-    deadline = time.monotonic() + 60  # they must end with their driver, or they would write beside the resumed run
+    assert workers
+    deadline = time.monotonic() + 60
     while alive(workers) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not alive(workers), "training workers outlived their driver"
+
+
+def finish(recipe: Path, *options: str) -> str:
+    """Run to the end and return what stderr said."""
+    process = start(recipe, *options)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    assert out.strip() == str(recipe.parent / recipe.stem / "checkpoint")
+    return err
+
+
+def checkpoints(recipe: Path) -> list[Path]:
+    """Folders of the run's checkpoints, oldest first."""
+    return sorted((recipe.parent / recipe.stem).glob("train-*/step-*"))
+
+
+def test_a_killed_driver_is_resumed_from_the_last_whole_checkpoint(
+    undisturbed, tiny_model: Path, verse_rows, tmp_path: Path
+):
+    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "run")
+    process = start(recipe)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for_step(metrics, KILL_AFTER_STEP, process)
+    kill_driver(process)
 
     refused = start(recipe)
     _, err = refused.communicate(timeout=120)
     assert refused.returncode == 2 and "--resume" in err and "Traceback" not in err
 
-    resumed = start(recipe, "--resume")
-    out, err = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, err[-3000:]
-    assert out.strip() == str(tmp_path / "run" / "checkpoint")
+    # The newest checkpoint is cut short, as by a machine that lost its power: the one before is taken.
+    whole = [folder for folder in checkpoints(recipe) if progress_of(str(folder))]
+    assert [int(folder.name.split("-")[1]) for folder in whole] == [10, 20]
+    state = max(whole[-1].glob("state-*"))
+    state.write_bytes(state.read_bytes()[:-100])
+    finish(recipe, "--resume")
     assert losses(metrics) == undisturbed
+    starts = [e["step"] for e in read_metrics(tmp_path / "run" / "events.jsonl") if e["event"] == "start"]
+    assert starts == [0, 10]
+
+
+def test_a_killed_raylet_ends_the_run_and_it_can_be_resumed(undisturbed, tiny_model: Path, verse_rows, tmp_path: Path):
+    """The only node's raylet is the cluster: the driver must say so and end, not hang."""
+    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "run")
+    process = start(recipe)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for_step(metrics, KILL_AFTER_STEP, process)
+    below = descendants(process.pid)
+    (raylet,) = [pid for pid, name in below.items() if "/raylet/raylet" in name.split(" ")[0]]
+    os.kill(raylet, signal.SIGKILL)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1 and "--resume" in err, err[-3000:]
+    finish(recipe, "--resume")
+    assert losses(metrics) == undisturbed
+
+
+def test_two_one_two_workers_see_the_same_rows_in_the_same_order(tiny_model: Path, verse_rows, tmp_path: Path):
+    """Without dropout, which depends on the worker, the losses agree too."""
+    straight = write_recipe(tmp_path, tiny_model, verse_rows, "straight", dropout=0.0)
+    finish(straight)
+    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "changing", dropout=0.0)
+    metrics = tmp_path / "changing" / "metrics.jsonl"
+    for workers, step in ((2, 23), (1, 53)):
+        options = ["--resume"] if workers == 1 else []
+        process = start(recipe, *options, "--set", f"cluster.num_workers={workers}")
+        wait_for_step(metrics, step, process)
+        kill_driver(process)
+    finish(recipe, "--resume")
+    expected = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    found = read_metrics(metrics)
+    assert [line["workers"] for line in found[::10]] == [2, 2, 1, 1, 1] + [2] * (len(found[::10]) - 5)
+    assert [line["rows_crc32"] for line in found] == [line["rows_crc32"] for line in expected]
+    assert len({line["rows_crc32"] for line in found}) > 0.9 * len(found)
+    np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in expected], rtol=2e-3)
+
+
+FULL_DISK = """
+set -u
+mount -t tmpfs -o size={small}k tmpfs {disk}
+{python} -m gist_ray.cli train {recipe} --set cluster.max_failures=0; echo $? > {folder}/first-code
+ls {disk}/*/ > {folder}/first-files
+mount -o remount,size=1g {disk}
+{python} -m gist_ray.cli train {recipe} --resume; echo $? > {folder}/second-code
+"""
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(undisturbed, tiny_model: Path, verse_rows, tmp_path: Path):
+    """A disk with room for one checkpoint and a half; then with room for more."""
+    if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "run", storage_path=str(disk))
+    checkpoint_kb = 3 * sum(file.stat().st_size for file in tiny_model.glob("*.safetensors")) // 1024
+    script = FULL_DISK.format(
+        small=checkpoint_kb * 3 // 2, disk=disk, folder=tmp_path, recipe=recipe, python=sys.executable
+    )
+    ran = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "bash", "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert (tmp_path / "first-code").read_text().strip() == "1", ran.stderr[-3000:]
+    assert "No space left on device" in ran.stderr and "the one before is whole" in ran.stderr
+    assert "step-00000010" in (tmp_path / "first-files").read_text()
+    assert (tmp_path / "second-code").read_text().strip() == "0", ran.stderr[-3000:]
+    assert losses(tmp_path / "run" / "metrics.jsonl") == undisturbed
+    starts = [e["step"] for e in read_metrics(tmp_path / "run" / "events.jsonl") if e["event"] == "start"]
+    assert starts == [0, 10]

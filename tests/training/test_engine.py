@@ -1,10 +1,13 @@
 import itertools
+import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from gist_ray.config import TrainConfig
 from gist_ray.encoder import Encoder
+from gist_ray.errors import InputError
 from gist_ray.training.engine import deepspeed_config, learning_rate_factor, parameter_groups
 
 
@@ -37,3 +40,35 @@ def test_deepspeed_config_follows_the_recipe():
     config = deepspeed_config(TrainConfig(batch_size=10, zero_stage=2, precision="bf16", max_grad_norm=0.5), 4)
     assert config["zero_optimization"]["stage"] == 2 and "bf16" not in config  # autocast instead
     assert config["gradient_clipping"] == 0.5 and config["train_micro_batch_size_per_gpu"] == 2
+
+
+def test_the_users_deepspeed_settings_are_merged(tmp_path: Path):
+    theirs = {
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": 5, "overlap_comm": True},
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,  # what the recipe says too
+        "wall_clock_breakdown": True,
+        "flops_profiler": {"enabled": True},
+    }
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(theirs))
+    config = deepspeed_config(TrainConfig(deepspeed=str(file)), 1)  # type: ignore[arg-type]  # a path is read
+    assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5, "overlap_comm": True}
+    assert config["wall_clock_breakdown"] is True and config["flops_profiler"] == {"enabled": True}
+    assert "train_batch_size" not in config
+    with pytest.raises(ValidationError, match="not a readable JSON file"):
+        TrainConfig(deepspeed=str(tmp_path / "none.json"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "where"),
+    [
+        ({"train_batch_size": 64}, "`train_batch_size`: 64, which train.batch_size decides"),
+        ({"zero_optimization": {"stage": 3}}, "`zero_optimization.stage`: 3, which train.zero_stage decides"),
+        ({"bf16": {"enabled": True}}, "train.precision decides"),
+        ({"optimizer": {"type": "AdamW"}}, "train.learning_rate and train.weight_decay decides"),
+    ],
+)
+def test_what_the_recipe_decides_cannot_be_set_twice(theirs: dict, where: str):
+    with pytest.raises(InputError, match=where):
+        deepspeed_config(TrainConfig(deepspeed=theirs), 1)

@@ -1,0 +1,137 @@
+"""Batch: what one worker computes in a step, ready as tensors. Pure, and made ahead, so that no step waits for it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gist_ray.config import Recipe
+from gist_ray.data.plan import worker_rows
+from gist_ray.data.shards import Shards, Triplets
+from gist_ray.encoder import BATCH_TOKENS, SIMILAR_LENGTH, Encoder, length_sorted_chunks
+
+Ids = npt.NDArray[np.int64]
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Texts of one forward."""
+
+    ids: Tensor
+    """`[rows, tokens]` token ids, padded."""
+    mask: Tensor
+    """`[rows, tokens]`, 1 for a token, 0 for padding."""
+
+
+@dataclass(frozen=True)
+class WorkerBatch:
+    """One worker's part of a global batch.
+
+    `texts` are those of all workers, worker after worker, in the order in which their chunks hold them: the order in
+    which vectors are gathered. Which worker holds which text follows from the plan, so only vectors travel.
+    """
+
+    size: int
+    """Rows of the global batch."""
+    rows_crc32: int
+    """Checksum of the row numbers: runs that show the same rows in the same order have the same ones."""
+    chunks: list[Chunk]
+    """Own texts, longest first."""
+    counts: list[int]
+    """Texts of each worker."""
+    shapes: list[list[tuple[int, int]]]
+    """Rows and padded tokens of each worker's chunks."""
+    filler: Chunk
+    """One text, for a forward that only keeps step with the other workers."""
+    texts: Tensor
+    """`[sum(counts)]` text ids."""
+    guide: Tensor
+    """`[sum(counts), guide_dim]` guide vectors, fp32; `guide_dim` 0 where the loss does not ask the guide."""
+    query: Tensor
+    """`[size]` places in `texts` of the rows' queries, worker after worker."""
+    positive: Tensor
+    """`[size]`."""
+    negative: Tensor
+    """`[negatives]`, of all rows."""
+    own_rows: Tensor
+    """`[rows]` places of this worker's rows among the `size` ones."""
+    tokens: int
+    """Real tokens of the own texts."""
+    padded_tokens: int
+    """Tokens that the own chunks compute."""
+
+
+def make_batch(encoder: Encoder, shards: Shards, batch: Ids, recipe: Recipe, rank: int, world_size: int) -> WorkerBatch:
+    """The part of worker `rank` of the global batch of row numbers `batch`."""
+    triplets, lengths = shards.triplets, shards.texts.lengths
+    budget = recipe.train.chunk_tokens or BATCH_TOKENS[encoder.device.type]
+    tokens = row_tokens(triplets, lengths, batch)
+    rows_of = [worker_rows(batch, tokens, worker, world_size) for worker in range(world_size)]
+    chunks_of = [_chunked(triplets.texts_of(rows), lengths, budget) for rows in rows_of]
+    counts = [sum(map(len, chunks)) for chunks in chunks_of]
+    texts = np.concatenate([np.zeros(0, np.int64), *(chunk for chunks in chunks_of for chunk in chunks)])
+    order = np.argsort(texts, kind="stable")
+    rows = np.concatenate(rows_of)
+
+    def places(ids: Ids) -> Tensor:
+        return torch.from_numpy(order[np.searchsorted(texts, ids, sorter=order)])
+
+    start = sum(map(len, rows_of[:rank]))
+    chunks = [_chunk(encoder, shards, ids) for ids in chunks_of[rank]]
+    guided = recipe.loss.guide == "frozen"
+    return WorkerBatch(
+        size=len(batch),
+        rows_crc32=zlib.crc32(np.ascontiguousarray(batch).tobytes()),
+        chunks=chunks,
+        counts=counts,
+        shapes=[[(len(chunk), int(lengths[chunk].max())) for chunk in chunks] for chunks in chunks_of],
+        filler=_chunk(encoder, shards, texts[-1:]),
+        texts=torch.from_numpy(texts),
+        guide=torch.from_numpy(shards.texts.guide(texts)) if guided else torch.zeros((len(texts), 0)),
+        query=places(triplets.query[rows]),
+        positive=places(triplets.positive[rows]),
+        negative=places(triplets.negatives_of(rows)),
+        own_rows=torch.arange(start, start + len(rows_of[rank])),
+        tokens=int(sum(chunk.mask.sum() for chunk in chunks)),
+        padded_tokens=sum(chunk.ids.numel() for chunk in chunks),
+    )
+
+
+def row_tokens(triplets: Triplets, lengths: npt.NDArray[np.integer], rows: Ids) -> Ids:
+    """Tokens of each row's texts, `[rows]`: what its share of a worker's work is."""
+    counts = triplets.negative_starts[rows + 1] - triplets.negative_starts[rows]
+    ends = np.cumsum(counts)
+    negatives = np.concatenate([[0], np.cumsum(lengths[triplets.negatives_of(rows)], dtype=np.int64)])
+    own = lengths[triplets.query[rows]].astype(np.int64) + lengths[triplets.positive[rows]]
+    tokens: Ids = own + negatives[ends] - negatives[ends - counts]
+    return tokens
+
+
+def made_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The items, each made in another thread while the one before is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="gist-ray-batches") as thread:
+        ready: Future[_Item | None] = thread.submit(next, items, None)
+        while (item := ready.result()) is not None:
+            ready = thread.submit(next, items, None)
+            yield item
+
+
+def _chunked(texts: Ids, lengths: npt.NDArray[np.integer], budget: int) -> list[Ids]:
+    """Text ids in chunks of similar length."""
+    return [texts[chunk] for chunk in length_sorted_chunks(lengths[texts], budget, similar=SIMILAR_LENGTH)]
+
+
+def _chunk(encoder: Encoder, shards: Shards, texts: Ids) -> Chunk:
+    ids, mask = encoder.padded(shards.texts.tokens(texts))
+    if encoder.device.type == "cuda":  # pinned memory lets the copy run beside the step before
+        ids, mask = ids.pin_memory(), mask.pin_memory()
+    return Chunk(ids, mask)

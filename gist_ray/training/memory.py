@@ -1,0 +1,106 @@
+"""Memory: how many chunks of a step can keep their activations until the backward pass."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gist_ray.config import TrainConfig
+from gist_ray.encoder import Encoder
+
+# On a CPU more is not worth taking it from others: a batch that needs more repeats forwards for its other chunks.
+_CPU_LIMIT_BYTES = 4e9
+_PROBES = ((8, 16), (4, 64))  # rows, tokens
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes there are for activations, and bytes a chunk takes. The same on every worker."""
+
+    budget: float
+    per_token: float
+    """Bytes of each padded token."""
+    per_token_pair: float
+    """Bytes of each pair of tokens in a row: attention."""
+
+    def needed(self, rows: int, tokens: int) -> float:
+        """Bytes that the activations of a chunk take."""
+        return rows * tokens * (self.per_token + tokens * self.per_token_pair)
+
+    def kept(self, shapes: Sequence[tuple[int, int]]) -> list[bool]:
+        """Which chunks keep their activations: as many of the last ones as fit. The others are computed again."""
+        left, kept = self.budget, [False] * len(shapes)
+        for place in reversed(range(len(shapes))):
+            left -= self.needed(*shapes[place])
+            if left < 0:
+                break
+            kept[place] = True
+        return kept
+
+
+def probe(encoder: Encoder, train: TrainConfig) -> ActivationMemory:
+    """Measure what a student's activations take, by the tensors that autograd saves in two small forwards.
+
+    Every worker must call it; they agree on the largest need and the smallest budget.
+    """
+    measured = []
+    for rows, tokens in _PROBES:
+        tokens = min(tokens, encoder.max_tokens)
+        measured.append((rows, tokens, _saved_bytes(encoder, rows, tokens, train.precision)))
+    (rows, tokens, first), (more_rows, more_tokens, second) = measured
+    per_row_token, more_per_row_token = first / (rows * tokens), second / (more_rows * more_tokens)
+    per_pair = max(0.0, (more_per_row_token - per_row_token) / max(1, more_tokens - tokens))
+    budget = free_bytes(encoder.device) / 2 if train.activation_mb is None else train.activation_mb * 1e6
+    values = torch.tensor([-budget, max(0.0, per_row_token - tokens * per_pair), per_pair], dtype=torch.float64)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.to(encoder.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    budget, per_token, per_token_pair = values.tolist()
+    return ActivationMemory(-budget, per_token, per_token_pair)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that this worker may count as its own, for activations."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return float(min(psutil.virtual_memory().available / workers, 2 * _CPU_LIMIT_BYTES))
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what a step frees, for the next step.
+
+    glibc gives large blocks back to the kernel, which hands them out again page by page, zeroed.
+    """
+    if hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _saved_bytes(encoder: Encoder, rows: int, tokens: int, precision: str) -> int:
+    """Bytes of the distinct tensors that autograd saves for a forward, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in encoder.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros((rows, tokens), dtype=torch.int64, device=encoder.device)
+    autocast = torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == "bf16")
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.compiler.set_stance("force_eager"), autocast, hooks:
+        vectors = encoder.forward(ids, torch.ones_like(ids))
+    del vectors
+    return sum(saved.values())

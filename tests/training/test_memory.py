@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gist_ray.config import TrainConfig
+from gist_ray.encoder import Encoder
+from gist_ray.training.memory import ActivationMemory, free_bytes, keep_freed_memory, probe
+
+SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), max_size=30)
+
+
+@given(SHAPES, st.floats(0, 1e6))
+def test_as_many_of_the_last_chunks_as_fit_are_kept(shapes: list[tuple[int, int]], budget: float):
+    memory = ActivationMemory(budget, 2.0, 0.5)
+    kept = memory.kept(shapes)
+    assert len(kept) == len(shapes) and kept == sorted(kept)
+    assert sum(memory.needed(*shape) for shape, keep in zip(shapes, kept, strict=True) if keep) <= budget
+    if not all(kept):  # one more would not fit
+        one_more = shapes[kept.index(True) - 1 if any(kept) else -1 :]
+        assert sum(memory.needed(*shape) for shape in one_more) > budget
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_probe_predicts_what_activations_take(minilm: Path, precision: str):
+    """Against what autograd saves for other shapes than those that were probed."""
+    from gist_ray.training.memory import _saved_bytes
+
+    encoder = Encoder.load(minilm)
+    encoder.model.train()
+    memory = probe(encoder, TrainConfig(precision=precision, activation_mb=100))
+    assert memory.budget == 100e6
+    for rows, tokens in ((3, 10), (16, 30), (2, 200)):
+        assert memory.needed(rows, tokens) == pytest.approx(_saved_bytes(encoder, rows, tokens, precision), rel=0.1)
+
+
+def test_a_cpu_gives_at_most_half_of_eight_gigabytes(tiny_model: Path):
+    assert 0 < free_bytes(torch.device("cpu")) <= 8e9
+    assert probe(Encoder.load(tiny_model), TrainConfig()).budget <= 4e9
+
+
+def test_keeping_freed_memory_is_harmless():
+    keep_freed_memory()
+    assert torch.ones(1 << 20).sum() == 1 << 20
