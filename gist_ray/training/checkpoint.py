@@ -97,15 +97,16 @@ class Snapshot:
 
     @classmethod
     def take(cls, engine: Any, progress: dict[str, Any], rank: int, world_size: int) -> Snapshot:
-        """Copy what this worker owns. Under ZeRO 0 all own all, and write every `world_size`th parameter each."""
+        """Copy what this worker owns. Under ZeRO 0 each owns everything, and copies its share of each parameter."""
         tensors, adam_step = {}, 0.0
         shared = engine.zero_optimization_stage() == 0
-        for place, owned in enumerate(owned_slices(engine)):
+        for owned in owned_slices(engine):
             adam_step = float(owned.state["step"])
-            if shared and place % world_size != rank:
-                continue
-            tensors[f"weight/{owned.start}/{owned.name}"] = owned.weight
-            tensors |= {f"{kind}/{owned.start}/{owned.name}": owned.moment(kind) for kind in MOMENTS}
+            low, high = (owned.numel * (rank + i) // world_size for i in (0, 1)) if shared else (0, owned.numel)
+            if low < high:
+                place = f"{owned.start + low}/{owned.name}"
+                tensors[f"weight/{place}"] = owned.weight[low:high]
+                tensors |= {f"{kind}/{place}": owned.moment(kind)[low:high] for kind in MOMENTS}
         copies = {name: torch.empty_like(tensor, device="cpu").copy_(tensor) for name, tensor in tensors.items()}
         return cls(copies, progress | {"adam_step": adam_step}, rank, world_size)
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from gist_ray.encoder import Encoder
 
 # On a CPU more is not worth taking it from others: a batch that needs more repeats forwards for its other chunks.
 _CPU_LIMIT_BYTES = 4e9
-_PROBES = ((8, 16), (4, 64))  # rows, tokens
+_PROBES = ((2, 8), (8, 8), (4, 32), (2, 64))  # rows, tokens
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -26,6 +27,8 @@ class ActivationMemory:
     """Bytes there are for activations, and bytes a chunk takes. The same on every worker."""
 
     budget: float
+    per_chunk: float
+    """Bytes of any chunk, for instance the weights that autocast has narrowed for it."""
     per_token: float
     """Bytes of each padded token."""
     per_token_pair: float
@@ -33,7 +36,7 @@ class ActivationMemory:
 
     def needed(self, rows: int, tokens: int) -> float:
         """Bytes that the activations of a chunk take."""
-        return rows * tokens * (self.per_token + tokens * self.per_token_pair)
+        return self.per_chunk + rows * tokens * (self.per_token + tokens * self.per_token_pair)
 
     def kept(self, shapes: Sequence[tuple[int, int]]) -> list[bool]:
         """Which chunks keep their activations: as many of the last ones as fit. The others are computed again."""
@@ -47,24 +50,21 @@ class ActivationMemory:
 
 
 def probe(encoder: Encoder, train: TrainConfig) -> ActivationMemory:
-    """Measure what a student's activations take, by the tensors that autograd saves in two small forwards.
+    """Measure what a student's activations take, by the tensors that autograd saves in a few small forwards.
 
     Every worker must call it; they agree on the largest need and the smallest budget.
     """
-    measured = []
-    for rows, tokens in _PROBES:
-        tokens = min(tokens, encoder.max_tokens)
-        measured.append((rows, tokens, _saved_bytes(encoder, rows, tokens, train.precision)))
-    (rows, tokens, first), (more_rows, more_tokens, second) = measured
-    per_row_token, more_per_row_token = first / (rows * tokens), second / (more_rows * more_tokens)
-    per_pair = max(0.0, (more_per_row_token - per_row_token) / max(1, more_tokens - tokens))
+    shapes = [(rows, min(tokens, encoder.max_tokens)) for rows, tokens in _PROBES]
+    measured = [_saved_bytes(encoder, rows, tokens, train.precision) for rows, tokens in shapes]
+    terms = np.array([[1, rows * tokens, rows * tokens**2] for rows, tokens in shapes], dtype=np.float64)
+    needs = np.linalg.lstsq(terms, np.array(measured, dtype=np.float64), rcond=None)[0].clip(min=0)
     budget = free_bytes(encoder.device) / 2 if train.activation_mb is None else train.activation_mb * 1e6
-    values = torch.tensor([-budget, max(0.0, per_row_token - tokens * per_pair), per_pair], dtype=torch.float64)
+    values = torch.tensor([-budget, *needs.tolist()], dtype=torch.float64)
     if dist.is_initialized() and dist.get_world_size() > 1:
         values = values.to(encoder.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    budget, per_token, per_token_pair = values.tolist()
-    return ActivationMemory(-budget, per_token, per_token_pair)
+    budget, *agreed = values.tolist()
+    return ActivationMemory(-budget, *agreed)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -14,7 +14,7 @@ SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), max_size=30
 
 @given(SHAPES, st.floats(0, 1e6))
 def test_as_many_of_the_last_chunks_as_fit_are_kept(shapes: list[tuple[int, int]], budget: float):
-    memory = ActivationMemory(budget, 2.0, 0.5)
+    memory = ActivationMemory(budget, 10.0, 2.0, 0.5)
     kept = memory.kept(shapes)
     assert len(kept) == len(shapes) and kept == sorted(kept)
     assert sum(memory.needed(*shape) for shape, keep in zip(shapes, kept, strict=True) if keep) <= budget
