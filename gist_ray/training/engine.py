@@ -76,6 +76,17 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+def update(engine: Any) -> float:
+    """Make the optimizer step on the reduced gradients and return their norm before clipping."""
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))  # DeepSpeed clips by it, and does not tell
+    engine.step()
+    return norm
+
+
 def learning_rate_factor(step: int, train: TrainConfig, total_steps: int) -> float:
     """Share of the peak learning rate at optimizer step `step` (0-based): linear warm-up, then the schedule."""
     warmup = train.warmup_steps(total_steps)

@@ -28,7 +28,7 @@ from gist_ray.training.prometheus import RayMetrics
 from gist_ray.training.step import Stepper, StepSums
 from gist_ray.training.storage import PREFIX, RunStorage
 from gist_ray.training.student import load_student
-from gist_ray.training.validation import held_out_rows, training_weights
+from gist_ray.training.validation import SCORE, UNSCORED, held_out_rows, training_weights
 
 Ids = npt.NDArray[np.int64]
 
@@ -80,8 +80,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         done = step + 1
         metrics = {"step": done, "total_steps": total_steps, "epoch": epoch, "learning_rate": learning_rate}
         metrics |= global_metrics(sums, clock, batch.size, rates)
-        metrics |= {"grad_norm": float(engine.get_global_grad_norm()), "eta_s": rates.eta_s(done)}
-        metrics["rows_crc32"] = batch.rows_crc32
+        metrics |= {"grad_norm": sums.grad_norm, "eta_s": rates.eta_s(done), "rows_crc32": batch.rows_crc32}
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(f"loss is {metrics['loss']} at step {done}; lower train.learning_rate")
         if log and (done % recipe.train.log_steps == 0 or done == total_steps):
@@ -170,6 +169,8 @@ class Saver:
             return ray.train.Checkpoint(storage.write(snapshot, name), filesystem=storage.filesystem)
 
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        if validated:
+            numbers[SCORE] = UNSCORED
         ray.train.report(
             numbers,
             checkpoint=ray.train.Checkpoint(storage.path, filesystem=storage.filesystem),

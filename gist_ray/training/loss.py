@@ -81,21 +81,19 @@ def guided_contrastive_loss(
         InputError: a Matryoshka dimension that is not below the student's.
     """
     roles = (query, positive, negative)
-    device = query.student.device
-    with torch.autocast(device.type, enabled=False):
-        students = [widened(texts.student) for texts in roles]
-        dims = [students, *_cut(students, config.matryoshka_dims)]
-        hiding = [student.detach() for student in students] if config.guide == "student" else [t.guide for t in roles]
-        constants = Constants(
-            config=config,
-            tile=tile or TILE.get(device.type, TILE["cuda"]),
-            own_rows=own_rows,
-            guides=tuple(widened(vectors) for vectors in hiding),
-            ids=tuple(texts.ids for texts in roles),
-        )
-        loss, hidden, candidates = TiledContrast.apply(  # type: ignore[no-untyped-call]  # torch's own
-            constants, *(vectors for dim in dims for vectors in dim)
-        )
+    students = [widened(texts.student) for texts in roles]
+    dims = [students, *_cut(students, config.matryoshka_dims)]
+    hiding = [student.detach() for student in students] if config.guide == "student" else [t.guide for t in roles]
+    constants = Constants(
+        config=config,
+        tile=tile or TILE.get(query.student.device.type, TILE["cuda"]),
+        own_rows=own_rows,
+        guides=tuple(widened(vectors) for vectors in hiding),
+        ids=tuple(texts.ids for texts in roles),
+    )
+    loss, hidden, candidates = TiledContrast.apply(  # type: ignore[no-untyped-call]  # torch's own
+        constants, *(vectors for dim in dims for vectors in dim)
+    )
     return RowLosses(loss, hidden, candidates)
 
 

@@ -14,7 +14,7 @@ from gist_ray.data.shards import Shards
 from gist_ray.encoder import load_model, model_fingerprint
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, read_manifest, write_manifest
-from gist_ray.metrics import EVENTS, METRICS, remove_logs
+from gist_ray.metrics import EVENTS, METRICS, VALIDATIONS, remove_logs
 from gist_ray.training.checkpoint import KIND, STUDENT, trained_student
 from gist_ray.training.engine import deepspeed_config
 from gist_ray.training.loop import count_steps, train_loop
@@ -22,7 +22,7 @@ from gist_ray.training.progress import progress
 from gist_ray.training.report import write_train_report
 from gist_ray.training.storage import RunStorage, fetch
 from gist_ray.training.tracking import check_trackers, tracked
-from gist_ray.training.validation import SCORE, VALIDATIONS, best_checkpoint, ray_validation
+from gist_ray.training.validation import SCORE, best_checkpoint, ray_validation
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         )
     if not storage.exists():
         remove_logs(run_dir)
-        (run_dir / VALIDATIONS).unlink(missing_ok=True)
     epoch_steps = count_steps(Shards.open(shards_dir), recipe)
     total_steps = sum(epoch_steps)
     log.info("train: %d steps of %d triplets", total_steps, recipe.train.batch_size)

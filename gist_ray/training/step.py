@@ -16,6 +16,7 @@ from gist_ray.config import LossConfig, TrainConfig
 from gist_ray.encoder import Encoder
 from gist_ray.training.batch import Chunk, WorkerBatch
 from gist_ray.training.collectives import gather_rows
+from gist_ray.training.engine import update
 from gist_ray.training.loss import Candidates, RowLosses, guided_contrastive_loss
 from gist_ray.training.memory import ActivationMemory
 from gist_ray.training.phases import PhaseClock
@@ -31,6 +32,8 @@ class StepSums:
     tokens: float
     padded_tokens: float
     recomputed_tokens: float
+    grad_norm: float
+    """Of the global batch, before clipping: no sum, the same on every worker."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,14 @@ class Stepper:
         with one_reduction(self.engine, self.clock):
             self._backward(number, chunks, graphs, gradient)
         with self.clock("optimizer"):
-            self.engine.step()
+            grad_norm = update(self.engine)
         return StepSums(
             loss=float(result.loss.detach().sum()),
             hidden=float(result.hidden),
             candidates=float(result.candidates),
             tokens=batch.tokens,
             padded_tokens=batch.padded_tokens,
+            grad_norm=grad_norm,
             recomputed_tokens=sum(c.ids.numel() for c, keep in zip(batch.chunks, kept, strict=False) if not keep),
         )
 

@@ -23,6 +23,7 @@ from gist_ray.config import Recipe
 from gist_ray.data.shards import Shards, Triplets
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
+from gist_ray.metrics import VALIDATIONS
 from gist_ray.training.checkpoint import trained_student
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ Weights = npt.NDArray[np.float64]
 SCORE = "score"
 UNSCORED = -1.0
 """What a checkpoint is reported with: without any `score` Ray Train logs an error each time that it compares two."""
-VALIDATIONS = "validation.jsonl"
-"""An event for each scored checkpoint, also for those that were not kept. Of a step done again the last one counts."""
 
 _CUT = 10  # nDCG@10
 # Cosines of fp32 unit vectors that differ by less are rounding, which changes with threads and batches: ties.

@@ -11,7 +11,18 @@ import torch
 from figures import Figure, interleaved, median_figure, ratios
 from training_peers import CACHED, MINI_BATCH, PLAIN
 from training_processes import Group, PeakMemory, in_fresh_process
-from training_shards import ROLES, SHORT, distinct_rows, embedder, minilm, mpnet, random_vectors, work_folder
+from training_shards import (
+    ROLES,
+    SHORT,
+    Embed,
+    Row,
+    distinct_rows,
+    embedder,
+    minilm,
+    mpnet,
+    random_vectors,
+    work_folder,
+)
 
 from gist_ray.config import LossConfig
 from gist_ray.training.loss import Candidates, guided_contrastive_loss
@@ -98,11 +109,13 @@ def extra_peak(kind: str, file: str) -> int:
     return memory.bytes
 
 
-def save_vectors(name: str, student: Callable[[list[str]], np.ndarray], guide: Any, rows: list[dict[str, Any]]) -> str:
+def save_vectors(name: str, student: Embed, guide: Embed, rows: list[Row]) -> str:
+    """A file of both models' vectors of some rows, as `read_vectors` reads it."""
     file = work_folder() / f"{name}.npz"
     columns = {role: [row[role] for row in rows] for role in ROLES}
-    student_vectors = {f"s-{role}": student(texts).astype(np.float32) for role, texts in columns.items()}
-    np.savez(file, **student_vectors, **{f"g-{role}": guide(texts).astype(np.float32) for role, texts in columns.items()})
+    sides = {"s": student, "g": guide}
+    arrays = {f"{who}-{role}": columns[role] for who in sides for role in ROLES}
+    np.savez(file, **{name: sides[name[0]](texts).astype(np.float32) for name, texts in arrays.items()})
     return str(file)
 
 
@@ -158,5 +171,3 @@ def _growth_figures(quick: bool) -> list[Figure]:
             f"loss stage: extra peak memory at B={high} / at B={low}", peaks[high] / peaks[low], "x", "<= 4.5"
         ),
     ]  # fmt: skip
-
-

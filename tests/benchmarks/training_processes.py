@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -49,10 +51,15 @@ class Group:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pipe, worker in zip(self._pipes, self._workers, strict=True):
-            if error is not None:
-                worker.kill()  # it may wait for a worker that failed
-            else:
+        if error is not None:
+            for worker in self._workers:
+                worker.kill()  # it may wait for one that failed
+        self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            with suppress(BrokenPipeError):
                 pipe.send(_END)
         for worker in self._workers:
             worker.join()
@@ -117,6 +124,8 @@ def _work(
     import torch
     import torch.distributed as dist
 
+    warnings.simplefilter("ignore")
+    sys.stdout = Path(os.devnull).open("w")  # DeepSpeed's log: an error comes back as an answer
     torch.set_num_threads(threads)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in names.items()})  # DeepSpeed reads them

@@ -50,11 +50,11 @@ class Training:
         self._recipe, self._rank, self._world_size = recipe, rank, world_size
         self._shards = Shards.open(recipe.shards_dir())
         encoder = load_student(recipe, "cpu")
-        self._engine = make_engine(encoder.model, recipe.train, world_size)
-        encoder.model = self._engine.module
+        self.engine = make_engine(encoder.model, recipe.train, world_size)
+        encoder.model = self.engine.module
         self._encoder, self._clock = encoder, PhaseClock(encoder.device)
         memory = probe(encoder, recipe.train)
-        self._stepper = Stepper(encoder, self._engine, recipe.loss, recipe.train, memory, self._clock, rank)
+        self._stepper = Stepper(encoder, self.engine, recipe.loss, recipe.train, memory, self._clock, rank)
         planner = planner_for(self._shards, recipe)
         self._epoch_steps = [len(planner.epoch(epoch)) for epoch in range(_EPOCHS)]
         self._first_batch = planner.epoch(0)[0]
@@ -76,12 +76,6 @@ class Training:
             steps = self._batches
         return self._steps(steps, count, started)
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """The student."""
-        model: torch.nn.Module = self._encoder.model
-        return model
-
     def _planned(self) -> Iterator[tuple[int, WorkerBatch]]:
         for step, _, rows in batches_from(self._shards, self._recipe, self._epoch_steps, 0):
             yield (
@@ -95,10 +89,10 @@ class Training:
         for _ in range(count):
             with self._clock("data"):
                 step, batch = next(steps)
-            set_learning_rate(self._engine, self._recipe.train.learning_rate)
+            set_learning_rate(self.engine, self._recipe.train.learning_rate)
             sums = self._stepper.step(step, batch)
             line = global_metrics(sums, self._clock, batch.size, self._rates)
-            self._engine.get_global_grad_norm()
+            self.engine.get_global_grad_norm()
             rows += batch.size
             recomputed, padded = recomputed + sums.recomputed_tokens, padded + sums.padded_tokens
             for phase, seconds in line["phases"].items():

@@ -66,7 +66,9 @@ def _metrics(rank: int, world_size: int) -> dict:
     clock, rates = PhaseClock(), Rates(10)
     with clock("forward"):
         time.sleep(0.02 * (rank + 1))
-    sums = StepSums(loss=1.0 + rank, hidden=1, candidates=4, tokens=90, padded_tokens=100, recomputed_tokens=50 * rank)
+    sums = StepSums(
+        loss=1.0 + rank, hidden=1, candidates=4, tokens=90, padded_tokens=100, grad_norm=1, recomputed_tokens=50 * rank
+    )
     return global_metrics(sums, clock, 6, rates)
 
 
