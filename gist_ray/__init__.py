@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gist_ray.config import MineConfig, Recipe
+    from gist_ray.config import Recipe
     from gist_ray.data.mine import mine
     from gist_ray.data.prepare import prepare
     from gist_ray.encoder import Encoder
     from gist_ray.errors import InputError
     from gist_ray.evaluation.run import evaluate
+    from gist_ray.mine_config import MineConfig
     from gist_ray.model_folder import export
     from gist_ray.preflight import check
     from gist_ray.recipe_file import load_recipe
@@ -43,7 +44,7 @@ __all__ = [
 _HOMES = {
     "Encoder": "encoder",
     "InputError": "errors",
-    "MineConfig": "config",
+    "MineConfig": "mine_config",
     "Recipe": "config",
     "check": "preflight",
     "evaluate": "evaluation.run",

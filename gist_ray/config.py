@@ -13,7 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a tree: frozen, unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -23,7 +25,7 @@ _COLUMNS = frozenset(
 )
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """One place that rows come from: a file, a folder, a glob, a bucket, or a Hugging Face dataset id."""
 
     path: str
@@ -76,7 +78,7 @@ class SourceConfig(_Section):
         return self
 
 
-class FilterConfig(_Section):
+class FilterConfig(Section):
     """Rows to leave out by what the guide says of them. Off by default; what is left out is a counted reject."""
 
     guide_order: bool = False
@@ -85,7 +87,7 @@ class FilterConfig(_Section):
     """Drop rows with guide(q, p) below this."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is trained on."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=65_535)
@@ -100,7 +102,7 @@ class DataConfig(_Section):
         return sorted(roles)  # a set has no order of its own, a fingerprint needs one
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """An encoder to load: sentence-transformers folder, bare transformers folder, or Hub id."""
 
     path: str
@@ -151,7 +153,7 @@ class GuideConfig(ModelConfig):
     settings and text."""
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """Guided in-batch contrastive loss (arXiv 2402.16829)."""
 
     temperature: float = Field(default=0.01, gt=0)
@@ -184,7 +186,7 @@ class LossConfig(_Section):
         return self
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Train low-rank adapters instead of all weights (arXiv 2106.09685); needs `pip install "gist-ray[lora]"`."""
 
     rank: int = Field(default=16, ge=1)
@@ -194,7 +196,7 @@ class LoraConfig(_Section):
     """Names of the linear layers to adapt, as peft takes them. Empty: every linear layer of the encoder's blocks."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How the student is trained."""
 
     batch_size: int = Field(default=128, ge=2)
@@ -251,7 +253,7 @@ class TrainConfig(_Section):
         return round(self.warmup_ratio * total_steps)
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """Which machines do the work."""
 
     address: str | None = None
@@ -283,7 +285,7 @@ class ClusterConfig(_Section):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
-class ValidationConfig(_Section):
+class ValidationConfig(Section):
     """How the best checkpoint is chosen while training runs: on development rows, never on test data."""
 
     rows: int = Field(default=0, ge=0)
@@ -293,7 +295,7 @@ class ValidationConfig(_Section):
     """Padded tokens per forward. None: what suits the device."""
 
 
-class MlflowConfig(_Section):
+class MlflowConfig(Section):
     """Log to MLflow; needs `pip install mlflow-skinny`."""
 
     tracking_uri: str | None = None
@@ -301,7 +303,7 @@ class MlflowConfig(_Section):
     experiment: str = "gist-ray"
 
 
-class WandbConfig(_Section):
+class WandbConfig(Section):
     """Log to Weights & Biases; needs `pip install wandb`."""
 
     project: str = "gist-ray"
@@ -309,14 +311,14 @@ class WandbConfig(_Section):
     mode: Literal["online", "offline"] = "online"
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """Where else metrics go. `metrics.jsonl`, TensorBoard and Ray's Prometheus endpoint always have them."""
 
     mlflow: MlflowConfig | None = None
     wandb: WandbConfig | None = None
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """How models are scored."""
 
     tasks: tuple[str, ...] = ()
@@ -327,7 +329,7 @@ class EvaluationConfig(_Section):
     """Padded tokens per forward. None: what suits the device."""
 
 
-class ServingConfig(_Section):
+class ServingConfig(Section):
     """How the model is served."""
 
     host: str = "127.0.0.1"
@@ -348,32 +350,7 @@ class ServingConfig(_Section):
         return self
 
 
-class MineConfig(_Section):
-    """How triplets are mined."""
-
-    source: SourceConfig
-    guide: GuideConfig
-    kind: Literal["auto", "labels", "pairs"] = "auto"
-    """labels: rows of `text`, `label`. pairs: rows of `query`, `pos` and maybe `neg`. auto: by the columns."""
-    top_k: int = Field(default=100, ge=1)
-    """labels: the positive is one of the `top_k` most similar texts of the same label. Hard negatives: candidates kept
-    of each query."""
-    temperature: float = Field(default=0.05, gt=0)
-    """labels: the positive is drawn with probability softmax(similarity / temperature)."""
-    negatives: Literal["uniform", "hard"] | None = None
-    """labels: uniform over the texts of other labels (the paper; the default), or guided-hard. pairs: always hard."""
-    num_negatives: int = Field(default=1, ge=0, le=64)
-    margin: float = Field(default=0.05, ge=-1, lt=1)
-    """Hard: a candidate is taken only when guide(q, candidate) < guide(q, p) - margin * |guide(q, p)| (NV-Retriever's
-    TopK-PercPos at 95 %)."""
-    sampling: Literal["random", "top"] = "random"
-    """Hard: draw uniformly from the candidates left, or take the most similar."""
-    max_chars: int = Field(default=100_000, ge=1)
-    seed: int = Field(default=1029, ge=0)
-    cluster: ClusterConfig = ClusterConfig()
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """Everything about a run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")

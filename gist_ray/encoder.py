@@ -67,8 +67,7 @@ class Encoder:
         encoder tokenizes, and cannot embed.
 
         Raises:
-            InputError: no such folder or Hub id, no safetensors, a module or pooling we do not compute, too many
-                `max_tokens`, or layers that the model does not have.
+            InputError: no such model or layers, no safetensors, a module we do not compute, too many `max_tokens`.
         """
         folder = _resolve(path, revision)
         transformer_dir, stored = _read_folder(folder)
@@ -143,15 +142,15 @@ class Encoder:
         """Vectors of tokenized texts, `[n, dim]` fp32 of unit norm, in the order given.
 
         Texts go through the model in length-sorted chunks of at most `batch_tokens` padded tokens (a single longer
-        text is a chunk of its own); None takes what suits the device. Differentiable: the caller decides about
-        `inference_mode`.
+        text is a chunk of its own); None takes what suits the device. Differentiable, unless the caller forbids it.
         """
         if not tokens:
             return torch.zeros((0, self.dim), device=self.device)
         lengths = np.array([len(row) for row in tokens])
         budget = batch_tokens or BATCH_TOKENS[self.device.type]
         chunks = length_sorted_chunks(lengths, budget, similar=SIMILAR_LENGTH)
-        vectors = torch.cat([self._forward([tokens[i] for i in chunk]) for chunk in chunks])
+        padded = (self.padded([tokens[i] for i in chunk]) for chunk in chunks)
+        vectors = torch.cat([self.forward(ids.to(self.device), mask.to(self.device)) for ids, mask in padded])
         back = np.empty(len(tokens), dtype=np.int64)
         back[np.concatenate(chunks)] = np.arange(len(tokens))
         return vectors[torch.from_numpy(back).to(vectors.device)]
@@ -214,10 +213,6 @@ class Encoder:
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         return torch.from_numpy(ids), torch.from_numpy(mask)
-
-    def _forward(self, rows: list[TokenIds]) -> Tensor:
-        ids, mask = self.padded(rows)
-        return self.forward(ids.to(self.device), mask.to(self.device))
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:

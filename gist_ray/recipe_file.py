@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gist_ray.config import MineConfig, Recipe
+from gist_ray.config import Recipe
 from gist_ray.errors import InputError
+from gist_ray.mine_config import MineConfig
 
 # YAML 1.1 reads `2e-5` as a string; people mean the number.
 _YAML_1_1_MISSES = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from gist_ray.cluster import connected
-from gist_ray.config import DataConfig, MineConfig
+from gist_ray.config import DataConfig
 from gist_ray.data.embedders import EmbedderPool, actors_that_fit, guide_fingerprint
 from gist_ray.data.files import shown
 from gist_ray.data.miners import QUERIES_PER_TILE, PartMiner
@@ -47,6 +47,7 @@ from gist_ray.data.texts import Piece, TextTable, keys_to_numpy, read_arrow, tex
 from gist_ray.encoder import load_model
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, write_json, write_manifest
+from gist_ray.mine_config import MineConfig
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gist_ray.config import MineConfig
 from gist_ray.data.mining import (
     NONE,
     Hashes,
@@ -32,6 +31,7 @@ from gist_ray.data.mining import (
 )
 from gist_ray.data.texts import TextTable
 from gist_ray.manifest import write_json
+from gist_ray.mine_config import MineConfig
 
 QUERIES_PER_TILE = 1_024
 _CANDIDATES_PER_TILE = 8_192  # with 1,024 queries 32 MB of similarities

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from gist_ray.config import MineConfig
 from gist_ray.data import mine as module
 from gist_ray.data.mine import mine
 from gist_ray.data.prepare import prepare
 from gist_ray.errors import InputError
 from gist_ray.manifest import read_manifest
+from gist_ray.mine_config import MineConfig
 from gist_ray.recipe_file import mine_config, parse_recipe
 
 pytestmark = pytest.mark.usefixtures("ray_session")

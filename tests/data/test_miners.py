@@ -8,11 +8,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gist_ray.config import MineConfig
 from gist_ray.data import miners
 from gist_ray.data.miners import LabelMiner, Mined, PairMiner
 from gist_ray.data.mining import NONE, LabelIndex, PairIndex, mixed, uniforms
 from gist_ray.data.texts import TextBlock, TextTable, text_key
+from gist_ray.mine_config import MineConfig
 from gist_ray.recipe_file import mine_config
 
 TEXTS, LABELS = 40, 6
