@@ -19,6 +19,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _check_no_password(path: str | None) -> None:
+    """Recipes are stored with what is made from them, and shown around.
+
+    To be called for a whole section: pydantic's message for a field repeats its value.
+    """
+    if re.match(r"[a-z0-9+.-]+://[^/@]*:[^/@]*@", path or ""):
+        raise ValueError("the path holds a password; give credentials by the environment, as the cloud's tools do")
+
+
 Role = Literal["query", "pos", "neg"]
 _COLUMNS = frozenset(
     ("query", "pos", "neg", "task_name", "query_instruct", "pos_instruct", "neg_instruct", "text", "label")
@@ -72,9 +81,7 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _no_secret(self) -> SourceConfig:
-        # Recipes are stored with what is made from them, and shown around. The message must not repeat the secret.
-        if re.match(r"[a-z0-9+.-]+://[^/@]*:[^/@]*@", self.path):
-            raise ValueError("the path holds a password; give credentials by the environment, as the cloud's tools do")
+        _check_no_password(self.path)
         return self
 
 
@@ -193,7 +200,7 @@ class LoraConfig(Section):
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = ()
-    """Names of the linear layers to adapt, as peft takes them. Empty: every linear layer of the encoder's blocks."""
+    """Linear layers to adapt, as peft names them. Empty: every one of the encoder's blocks."""
 
 
 class TrainConfig(Section):
@@ -248,6 +255,11 @@ class TrainConfig(Section):
         except (OSError, ValueError) as error:
             raise ValueError(f"not a readable JSON file: {error}") from None
 
+    @model_validator(mode="after")
+    def _no_secret(self) -> TrainConfig:
+        _check_no_password(self.storage_path)
+        return self
+
     def warmup_steps(self, total_steps: int) -> int:
         """Optimizer steps of linear warm-up."""
         return round(self.warmup_ratio * total_steps)
@@ -292,15 +304,18 @@ class ValidationConfig(Section):
     """Rows held out of training. Each checkpoint is scored by how it ranks their positives; the best one is the
     result of `train`. 0: the last one is."""
     batch_tokens: int | None = Field(default=None, ge=16)
-    """Padded tokens per forward. None: what suits the device."""
 
 
 class MlflowConfig(Section):
     """Log to MLflow; needs `pip install mlflow-skinny`."""
 
-    tracking_uri: str | None = None
-    """None: the environment's `MLFLOW_TRACKING_URI`."""
+    tracking_uri: str | None = None  # None: the environment's `MLFLOW_TRACKING_URI`
     experiment: str = "gist-ray"
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> MlflowConfig:
+        _check_no_password(self.tracking_uri)
+        return self
 
 
 class WandbConfig(Section):

@@ -235,16 +235,17 @@ def stacked_bars(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tu
         parts: their names, and the colour of each, 0 to 8, of which 8 is the faintest.
         unit: of the lengths.
     """
-    scale = (_BARS_END - _STACK_START) / (max((sum(lengths) for _, lengths in rows), default=0.0) or 1.0)
+    longest = max((sum(lengths) for _, lengths in rows), default=0.0) or 1.0
     pieces = []
     for i, (name, lengths) in enumerate(rows):
         x, y = float(_STACK_START), 26 * i + 4
         pieces.append(f'<text x="{x - 10}" y="{y + 13}" text-anchor="end">{_escaped(clip(name, 16))}</text>')
         for (part, colour), length in zip(parts, lengths, strict=True):
             hover = f"<title>{_escaped(f'{name}, {part}: {_short(length)} {unit}')}</title>"
-            box = f'x="{x:.1f}" y="{y}" width="{length * scale:.1f}" height="18" class="part{colour}"'
+            width = length / longest * (_BARS_END - _STACK_START)  # a common factor may overflow
+            box = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="18" class="part{colour}"'
             pieces.append(f"<rect {box}>{hover}</rect>")
-            x += length * scale
+            x += width
         total = f"{_short(sum(lengths))} {unit}"
         pieces.append(f'<text x="{x + 8:.1f}" y="{y + 13}" class="soft">{_escaped(total)}</text>')
     keys = [f'<span><i class="part{colour}"></i>{_escaped(part)}</span>' for part, colour in parts]

@@ -245,7 +245,7 @@ def trained_student(recipe: Recipe, folder: Path) -> Encoder:
     Raises:
         InputError: the checkpoint is damaged, or of another model.
     """
-    encoder = load_student(recipe, "cpu")
+    encoder = load_student(recipe, "cpu", training=False)
     load_weights(encoder.model, folder)
     student = merged_student(encoder)
     student.model.eval()

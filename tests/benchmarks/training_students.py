@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ class StudentAlone:
     backward once, fused AdamW; no guide, no loss, tokens at hand.
     """
 
-    def __init__(self, rank: int, world_size: int, recipe: Recipe, dropout: bool) -> None:
+    def __init__(self, rank: int, world_size: int, recipe: Recipe, dropout: bool, keep_memory: bool) -> None:
+        if keep_memory:
+            keep_freed_memory()
         shards = Shards.open(recipe.shards_dir())
         triplets = shards.triplets
         self._texts = np.stack([triplets.query, triplets.positive, triplets.negatives], axis=1)
@@ -138,8 +141,6 @@ class StudentAlone:
 
 def show(name: str, turn: Turn) -> None:
     """One line about a turn, for whoever watches."""
-    import sys
-
     phases = " ".join(f"{phase} {seconds:.2f}" for phase, seconds in turn.phases.items() if seconds > 0.005)
     text = f"  {name}: {turn.rows} rows, {turn.steps} steps, {turn.seconds:.1f} s, {turn.rows_per_s:.1f} rows/s"
     print(f"{text}, recomputed {turn.recomputed_share:.0%}: {phases}", file=sys.stderr)

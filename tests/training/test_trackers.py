@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gist_ray.config import Recipe
+from gist_ray.errors import InputError
 from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.trackers import flat_params, trackers_of
 
@@ -188,9 +189,11 @@ def test_a_run_that_the_caller_has_open_is_left_alone(tmp_path: Path):
 
 
 def test_the_place_of_a_tracker_has_no_password(monkeypatch: pytest.MonkeyPatch):
-    recipe = recipe_for({"mlflow": {"tracking_uri": "https://me:secret@host/x"}, "wandb": {"entity": "us"}})
-    mlflow, wandb = trackers_of(recipe)
-    assert mlflow.place() == "MLflow at https://***@host/x, experiment gist-ray"
+    with pytest.raises(InputError, match="holds a password") as refused:
+        recipe_for({"mlflow": {"tracking_uri": "https://me:secret@host/x"}})
+    assert "secret" not in str(refused.value)
+    mlflow, wandb = trackers_of(recipe_for({"mlflow": {"tracking_uri": "https://host/x"}, "wandb": {"entity": "us"}}))
+    assert mlflow.place() == "MLflow at https://host/x, experiment gist-ray"
     assert wandb.place() == "Weights & Biases, project us/gist-ray"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@other")
     (mlflow,) = trackers_of(recipe_for({"mlflow": {}}))
