@@ -61,7 +61,7 @@ def _memory(recipe: Recipe, student: Encoder) -> dict[str, float]:
     megabytes = parameters * _FP32_BYTES / 1e6
     workers, stage = recipe.cluster.max_workers(), recipe.train.zero_stage
     return {
-        "weights": round(megabytes, 1),
+        "weights": round(megabytes / (workers if stage >= 3 else 1), 1),
         "gradients": round(megabytes / (workers if stage >= 2 else 1), 1),
         "adam_moments": round(2 * megabytes / (workers if stage >= 1 else 1), 1),
     }

@@ -80,6 +80,7 @@ def guided_contrastive_loss(
     Raises:
         InputError: a Matryoshka dimension that is not below the student's.
     """
+    check_dims(config, query.student.shape[1])
     roles = (query, positive, negative)
     students = [widened(texts.student) for texts in roles]
     dims = [students, *_cut(students, config.matryoshka_dims)]
@@ -97,13 +98,20 @@ def guided_contrastive_loss(
     return RowLosses(loss, hidden, candidates)
 
 
-def _cut(students: list[Tensor], dims: tuple[int, ...]) -> list[list[Tensor]]:
-    """The vectors of each role at each of `dims`, of unit norm."""
-    full = students[0].shape[1]
-    too_long = [dim for dim in dims if dim >= full]
+def check_dims(config: LossConfig, dim: int) -> None:
+    """Check the Matryoshka dimensions against the student's.
+
+    Raises:
+        InputError: one is not below it.
+    """
+    too_long = [wanted for wanted in config.matryoshka_dims if wanted >= dim]
     if too_long:
         raise InputError(
-            f"loss.matryoshka_dims {too_long} must be below the {full} dimensions of the student, whose full vectors "
+            f"loss.matryoshka_dims {too_long} must be below the {dim} dimensions of the student, whose full vectors "
             "are trained anyway; remove them"
         )
+
+
+def _cut(students: list[Tensor], dims: tuple[int, ...]) -> list[list[Tensor]]:
+    """The vectors of each role at each of `dims`, of unit norm."""
     return [[torch.nn.functional.normalize(student[:, :dim], dim=1) for student in students] for dim in dims]

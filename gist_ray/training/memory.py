@@ -78,12 +78,13 @@ def free_bytes(device: torch.device) -> float:
 def keep_freed_memory() -> None:
     """Let malloc keep what a step frees, for the next step.
 
-    glibc gives large blocks back to the kernel, which hands them out again page by page, zeroed.
+    glibc gives large blocks back to the kernel, which hands them out again page by page, zeroed. The cost: a process
+    does not shrink below its largest step.
     """
-    if hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the largest that glibc takes
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _saved_bytes(encoder: Encoder, rows: int, tokens: int, precision: str) -> int:

@@ -11,16 +11,18 @@ from gist_ray.cluster import connected
 from gist_ray.config import Recipe
 from gist_ray.data.prepare import prepare
 from gist_ray.data.shards import Shards
-from gist_ray.encoder import load_model, model_fingerprint
+from gist_ray.encoder import model_fingerprint
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, read_manifest, write_manifest
 from gist_ray.metrics import EVENTS, METRICS, VALIDATIONS, remove_logs
 from gist_ray.training.checkpoint import KIND, STUDENT, trained_student
 from gist_ray.training.engine import deepspeed_config
 from gist_ray.training.loop import count_steps, train_loop
+from gist_ray.training.loss import check_dims
 from gist_ray.training.progress import progress
 from gist_ray.training.report import write_train_report
 from gist_ray.training.storage import RunStorage, fetch
+from gist_ray.training.student import load_student
 from gist_ray.training.tracking import check_trackers, tracked
 from gist_ray.training.validation import SCORE, best_checkpoint, ray_validation
 
@@ -49,7 +51,8 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     made_from = checkpoint_fingerprint(recipe, shards_dir)
     if finished(out, KIND, made_from):
         return out
-    load_model(recipe.student, layers=recipe.student.layers)  # a wrong student fails here, not on every worker
+    # What is wrong with the student fails here, not on every worker.
+    check_dims(recipe.loss, load_student(recipe, "cpu", training=False).dim)
     check_trackers(recipe)
     run_dir, run_name = recipe.run_dir(), f"train-{digest_of(made_from)[:8]}"
     storage_path = recipe.train.storage_path or str(run_dir)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from gist_ray.config import TrainConfig
 from gist_ray.encoder import Encoder
-from gist_ray.training.memory import ActivationMemory, free_bytes, keep_freed_memory, probe
+from gist_ray.training.memory import ActivationMemory, free_bytes, probe
 
 SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), max_size=30)
 
@@ -41,6 +43,25 @@ def test_a_cpu_gives_at_most_half_of_eight_gigabytes(tiny_model: Path):
     assert probe(Encoder.load(tiny_model), TrainConfig()).budget <= 4e9
 
 
-def test_keeping_freed_memory_is_harmless():
+FAULTS = """
+import resource, sys, torch
+from gist_ray.training.memory import keep_freed_memory
+if sys.argv[1] == "keep":
     keep_freed_memory()
-    assert torch.ones(1 << 20).sum() == 1 << 20
+torch.zeros(5_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(5_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_kept():
+    """20 times 20 MB: some 5,000 pages each time, or none."""
+    command = [sys.executable, "-c", FAULTS]
+    as_ever, kept = (
+        int(subprocess.run([*command, how], capture_output=True, check=True, text=True).stdout)
+        for how in ("default", "keep")
+    )
+    assert kept < 1000
+    assert as_ever > 10 * kept

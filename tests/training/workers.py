@@ -1,10 +1,13 @@
 """Real process groups for tests: run a function on N gloo workers and collect what each returns."""
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 import torch.distributed as dist
@@ -16,8 +19,12 @@ def on_workers(world_size: int, function: Callable[..., Any], *arguments: Any) -
 
     The function must be importable, and what it returns picklable.
     """
+    # One process imports what takes seconds, and the workers of all tests are forked from it.
+    multiprocessing.set_forkserver_preload(["deepspeed", "gist_ray.training.student", "gist_ray.training.step"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (world_size, folder, function, arguments), nprocs=world_size)
+        mp.start_processes(
+            _run, (world_size, folder, function, arguments), nprocs=world_size, start_method="forkserver"
+        )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
