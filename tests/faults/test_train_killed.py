@@ -137,13 +137,14 @@ def test_a_killed_driver_is_resumed_from_the_last_whole_checkpoint(
 
     # The newest checkpoint is cut short, as by a machine that lost its power: the one before is taken.
     whole = [folder for folder in checkpoints(recipe) if progress_of(str(folder))]
-    assert [int(folder.name.split("-")[1]) for folder in whole] == [10, 20]
+    steps = [int(folder.name.split("-")[1]) for folder in whole]
+    assert steps[:2] == [10, 20]
     state = max(whole[-1].glob("state-*"))
     state.write_bytes(state.read_bytes()[:-100])
     finish(recipe, "--resume")
     assert losses(metrics) == undisturbed
     starts = [e["step"] for e in read_metrics(tmp_path / "run" / "events.jsonl") if e["event"] == "start"]
-    assert starts == [0, 10]
+    assert starts == [0, steps[-2]]
 
 
 def test_a_killed_raylet_ends_the_run_and_it_can_be_resumed(undisturbed, tiny_model: Path, verse_rows, tmp_path: Path):
@@ -163,11 +164,11 @@ def test_a_killed_raylet_ends_the_run_and_it_can_be_resumed(undisturbed, tiny_mo
 
 def test_two_one_two_workers_see_the_same_rows_in_the_same_order(tiny_model: Path, verse_rows, tmp_path: Path):
     """Without dropout, which depends on the worker, the losses agree too."""
-    straight = write_recipe(tmp_path, tiny_model, verse_rows, "straight", dropout=0.0)
+    straight = write_recipe(tmp_path, tiny_model, verse_rows, "straight", dropout=0.0, epochs=8)
     finish(straight)
-    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "changing", dropout=0.0)
+    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "changing", dropout=0.0, epochs=8)
     metrics = tmp_path / "changing" / "metrics.jsonl"
-    for workers, step in ((2, 23), (1, 53)):
+    for workers, step in ((2, 23), (1, 123)):
         options = ["--resume"] if workers == 1 else []
         process = start(recipe, *options, "--set", f"cluster.num_workers={workers}")
         wait_for_step(metrics, step, process)
@@ -175,7 +176,10 @@ def test_two_one_two_workers_see_the_same_rows_in_the_same_order(tiny_model: Pat
     finish(recipe, "--resume")
     expected = read_metrics(tmp_path / "straight" / "metrics.jsonl")
     found = read_metrics(metrics)
-    assert [line["workers"] for line in found[::10]] == [2, 2, 1, 1, 1] + [2] * (len(found[::10]) - 5)
+    workers = [line["workers"] for line in found]
+    first, second = workers.index(1), len(workers) - workers[::-1].index(1)
+    assert workers == [2] * first + [1] * (second - first) + [2] * (len(workers) - second)
+    assert first >= 20 and second >= 120 and len(workers) - second >= 10
     assert [line["rows_crc32"] for line in found] == [line["rows_crc32"] for line in expected]
     assert len({line["rows_crc32"] for line in found}) > 0.9 * len(found)
     np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in expected], rtol=2e-3)

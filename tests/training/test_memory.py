@@ -48,7 +48,8 @@ import resource, sys, torch
 from gist_ray.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-torch.zeros(5_000_000)
+for _ in range(5):
+    torch.zeros(5_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.zeros(5_000_000)
