@@ -48,17 +48,20 @@ import resource, sys, torch
 from gist_ray.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for _ in range(5):
-    torch.zeros(5_000_000)
+def step():
+    activations = [torch.zeros(5_000_000) for _ in range(10)]
+
+step()
+step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.zeros(5_000_000)
+for _ in range(3):
+    step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def test_freed_memory_is_kept():
-    """20 times 20 MB: some 5,000 pages each time, or none."""
+    """Three steps of 200 MB: some 50,000 pages each, or none."""
     command = [sys.executable, "-c", FAULTS]
     as_ever, kept = (
         int(subprocess.run([*command, how], capture_output=True, check=True, text=True).stdout)
