@@ -231,7 +231,8 @@ class TrainConfig(Section):
     """Padded tokens per student forward: bounds padding, not the batch. None: what suits the device."""
     activation_mb: int | None = Field(default=None, ge=0)
     """Memory of each worker for activations that wait for their backward pass. Chunks beyond it are computed twice
-    (GradCache, arXiv 2101.06983), with the same result. None: half of what is free when training starts."""
+    (GradCache, arXiv 2101.06983), with the same result. None: half of what is free when training starts, on a CPU at
+    most 2 GB."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: for a single chunk that does not fit."""
     compile: bool = False

@@ -17,7 +17,7 @@ from gist_ray.config import TrainConfig
 from gist_ray.encoder import Encoder
 
 # On a CPU more is not worth taking it from others: a batch that needs more repeats forwards for its other chunks.
-_CPU_LIMIT_BYTES = 4e9
+_CPU_LIMIT_BYTES = 2e9
 _PROBES = ((2, 8), (8, 8), (4, 32), (2, 64))  # rows, tokens
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 

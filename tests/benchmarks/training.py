@@ -2,7 +2,7 @@
 
     python tests/benchmarks/training.py [--quick] --json OUT [--only steady ceiling table loss ...]
 
-Full: about 35 minutes on two cores. Needs the shared data folder beside the project, all-mpnet-base-v2, and the dev
+Full: about 40 minutes on two cores. Needs the shared data folder beside the project, all-mpnet-base-v2, and the dev
 extra. Cases are processes that take turns; a case's progress goes to stderr.
 """
 
@@ -48,6 +48,7 @@ from training_shards import (
 from training_students import StudentAlone, Training, show
 
 from gist_ray.config import Recipe
+from gist_ray.manifest import digest_of
 
 THREADS = 2
 PLAIN_BYTES = 16e9  # it peaks at 6.3 GB at batch 128, about twice that at 256; ours takes up to 5 beside it
@@ -92,13 +93,13 @@ def steady_figures(quick: bool) -> list[Figure]:
         Race(f"{short}, guide {large_name}", SHORT, large, widened(embedder(base), 1024), ">= 10", cached, 1),
         Race(f"{short}, guide all-MiniLM-L6-v2", SHORT, str(minilm()), embedder(str(minilm())), ">= 2.2", both, 2),
     ]
-    return [figure for number, race in enumerate(races) for figure in race_figures(race, number, quick)]
+    return [figure for race in races for figure in race_figures(race, quick)]
 
 
-def race_figures(race: Race, number: int, quick: bool) -> list[Figure]:
+def race_figures(race: Race, quick: bool) -> list[Figure]:
     batch_size, count = (16, 32) if quick else (256, 1024)
     rows = real_rows(race.files, count)
-    recipe = recipe_for(f"steady-{number}", race.guide, train={"batch_size": batch_size})
+    recipe = recipe_for(f"steady-{digest_of(race.name)[:8]}", race.guide, train={"batch_size": batch_size})
     write_shards(recipe, rows, race.embed)
     with (
         Group(Training, recipe, threads=THREADS) as ours,
