@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from gist_ray.training.validation import SCORE, UNSCORED, held_out_rows, trainin
 Ids = npt.NDArray[np.int64]
 
 _PREEMPTION_EVERY_S = 2.0
+_LONGEST_WRITE_S = 600.0  # Ray Train skips a report, and its write, when another worker has died
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -139,6 +141,8 @@ class Saver:
         self._engine, self._storage, self._rank, self._world_size = engine, storage, rank, world_size
         # An attempt that repeats a step must not write into the folder of the attempt before.
         self._attempt = secrets.token_hex(4)
+        self._written = threading.Event()
+        self._written.set()
 
     def restore(self) -> int:
         """Load the newest whole checkpoint; returns its step, or 0 if there is none."""
@@ -161,12 +165,18 @@ class Saver:
         import ray.train
 
         started = time.perf_counter()
+        # One copy at a time: a disk that is slower than training must not fill the memory with what waits for it.
+        self._written.wait(_LONGEST_WRITE_S)
+        self._written.clear()
         progress = {"step": metrics["step"], "total_steps": metrics["total_steps"]}
         snapshot = Snapshot.take(self._engine, progress, self._rank, self._world_size)
         storage = self._storage
 
         def write(_: Any, name: str) -> Any:
-            return ray.train.Checkpoint(storage.write(snapshot, name), filesystem=storage.filesystem)
+            try:
+                return ray.train.Checkpoint(storage.write(snapshot, name), filesystem=storage.filesystem)
+            finally:
+                self._written.set()
 
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if validated:

@@ -164,11 +164,11 @@ def test_a_killed_raylet_ends_the_run_and_it_can_be_resumed(undisturbed, tiny_mo
 
 def test_two_one_two_workers_see_the_same_rows_in_the_same_order(tiny_model: Path, verse_rows, tmp_path: Path):
     """Without dropout, which depends on the worker, the losses agree too."""
-    straight = write_recipe(tmp_path, tiny_model, verse_rows, "straight", dropout=0.0, epochs=8)
+    straight = write_recipe(tmp_path, tiny_model, verse_rows, "straight", dropout=0.0, epochs=5)
     finish(straight)
-    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "changing", dropout=0.0, epochs=8)
+    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "changing", dropout=0.0, epochs=5)
     metrics = tmp_path / "changing" / "metrics.jsonl"
-    for workers, step in ((2, 23), (1, 123)):
+    for workers, step in ((2, 23), (1, 103)):
         options = ["--resume"] if workers == 1 else []
         process = start(recipe, *options, "--set", f"cluster.num_workers={workers}")
         wait_for_step(metrics, step, process)
@@ -179,7 +179,7 @@ def test_two_one_two_workers_see_the_same_rows_in_the_same_order(tiny_model: Pat
     workers = [line["workers"] for line in found]
     first, second = workers.index(1), len(workers) - workers[::-1].index(1)
     assert workers == [2] * first + [1] * (second - first) + [2] * (len(workers) - second)
-    assert first >= 20 and second >= 120 and len(workers) - second >= 10
+    assert 10 <= first < second <= len(workers) - 10  # each leg made steps that stayed
     assert [line["rows_crc32"] for line in found] == [line["rows_crc32"] for line in expected]
     assert len({line["rows_crc32"] for line in found}) > 0.9 * len(found)
     np.testing.assert_allclose([line["loss"] for line in found], [line["loss"] for line in expected], rtol=2e-3)
