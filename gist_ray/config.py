@@ -100,8 +100,7 @@ class DataConfig(Section):
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=65_535)
     instructions: frozenset[Role] = frozenset()
     """Roles whose texts are prefixed with their `*_instruct` column. The paper drops all instructions."""
-    max_chars: int = Field(default=100_000, ge=1)
-    """A row with a longer text is rejected, with this reason: it is almost always a parsing accident."""
+    max_chars: int = Field(default=100_000, ge=1)  # a longer text is almost always a parsing accident: rejected
     filters: FilterConfig = FilterConfig()
 
     @field_serializer("instructions")
@@ -167,8 +166,7 @@ class LossConfig(Section):
     guide: Literal["frozen", "student", "none"] = "frozen"
     """Whose similarities hide candidates: the guide's; the student's own of this very step (self-guide, which can
     collapse: sentence-transformers #3662); or nobody's, so that only identical texts are hidden."""
-    margin: float = Field(default=0.0, ge=-1, le=1)
-    """A candidate is hidden when guide(candidate) > guide(query, positive) - margin."""
+    margin: float = Field(default=0.0, ge=-1, le=1)  # hidden: guide(candidate) > guide(query, positive) - margin
     margin_kind: Literal["absolute", "relative"] = "absolute"
     contrast_queries: bool = True
     contrast_positives: bool = True
@@ -177,7 +175,6 @@ class LossConfig(Section):
     soft_label_weight: float = Field(default=0.0, ge=0, le=1)
     """Share of the row's loss that is KL(guide || student) over the candidates that are not hidden: distillation."""
     soft_label_temperature: float = Field(default=0.05, gt=0)
-    """Temperature of the guide's distribution."""
 
     @field_validator("matryoshka_dims")
     @classmethod
@@ -199,8 +196,7 @@ class LoraConfig(Section):
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] = ()
-    """Linear layers to adapt, as peft names them. Empty: every one of the encoder's blocks."""
+    target_modules: tuple[str, ...] = ()  # as peft names them; empty: every linear layer of the encoder's blocks
 
 
 class TrainConfig(Section):
@@ -223,20 +219,16 @@ class TrainConfig(Section):
     """None: what the model folder says. 0 makes the result independent of the number of workers, to rounding."""
     seed: int = Field(default=42, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed divides over the workers: 1 Adam's moments, 2 also gradients, 3 also weights (worth it from about
-    a billion parameters on)."""
+    """What DeepSpeed divides over workers: 1 Adam's moments, 2 also gradients, 3 also weights (from a billion on)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: forward and backward in autocast; weights, moments and the loss stay fp32."""
     chunk_tokens: int | None = Field(default=None, ge=16)
     """Padded tokens per student forward: bounds padding, not the batch. None: what suits the device."""
     activation_mb: int | None = Field(default=None, ge=0)
-    """Memory of each worker for activations that wait for their backward pass. Chunks beyond it are computed twice
-    (GradCache, arXiv 2101.06983), with the same result. None: half of what is free when training starts, on a CPU at
-    most 2 GB."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass: for a single chunk that does not fit."""
-    compile: bool = False
-    """torch.compile the student."""
+    """Memory of each worker for activations. Chunks beyond it are computed twice (GradCache, arXiv 2101.06983), to the
+    same result. None: half of what is free at the start, on a CPU at most 2 GB."""
+    activation_checkpointing: bool = False  # compute each layer again in its backward pass: for chunks that do not fit
+    compile: bool = False  # torch.compile the student
     lora: LoraConfig | None = None
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed settings to merge into ours, or the path of their JSON file. What the recipe decides cannot be set."""
@@ -310,7 +302,7 @@ class ValidationConfig(Section):
 class MlflowConfig(Section):
     """Log to MLflow; needs `pip install mlflow-skinny`."""
 
-    tracking_uri: str | None = None  # None: the environment's `MLFLOW_TRACKING_URI`
+    tracking_uri: str | None = None  # None: `MLFLOW_TRACKING_URI`
     experiment: str = "gist-ray"
 
     @model_validator(mode="after")
