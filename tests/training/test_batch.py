@@ -1,4 +1,3 @@
-import json
 import threading
 from pathlib import Path
 
@@ -9,25 +8,14 @@ from gist_ray.config import Recipe
 from gist_ray.data.prepare import prepare
 from gist_ray.data.shards import Shards, Triplets
 from gist_ray.encoder import Encoder
-from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.batch import made_ahead, make_batch, row_tokens
+from tests.training.test_step import recipe_for
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_model: Path, verse_rows, tmp_path_factory: pytest.TempPathFactory, ray_session) -> Recipe:
-    folder = tmp_path_factory.mktemp("batch")
     rows = [dict(row, neg=[row["neg"], row["query"][::-1]] if i % 3 else None) for i, row in enumerate(verse_rows[:60])]
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = parse_recipe(
-        {
-            "name": "run",
-            "output_dir": str(folder),
-            "data": {"sources": [{"path": str(folder / "a.jsonl")}]},
-            "student": {"path": str(tiny_model)},
-            "guide": {"path": str(tiny_model)},
-            "train": {"batch_size": 20, "chunk_tokens": 128},
-        }
-    )
+    made = recipe_for(tmp_path_factory.mktemp("batch"), tiny_model, rows, batch_size=20, chunk_tokens=128)
     prepare(made)
     return made
 

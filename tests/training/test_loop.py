@@ -10,30 +10,16 @@ import pytest
 from gist_ray.config import Recipe
 from gist_ray.data.prepare import prepare
 from gist_ray.data.shards import Shards
-from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.loop import Preemption, Rates, batches_from, count_steps, global_metrics
 from gist_ray.training.phases import PhaseClock
 from gist_ray.training.step import StepSums
+from tests.training.test_step import recipe_for
 from tests.training.workers import on_workers
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_model: Path, verse_rows, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    import json
-
-    folder = tmp_path_factory.mktemp("loop")
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in verse_rows[:80]))
-    return parse_recipe(
-        {
-            "name": "run",
-            "output_dir": str(folder),
-            "data": {"sources": [{"path": str(folder / "a.jsonl")}]},
-            "student": {"path": str(tiny_model)},
-            "guide": {"path": str(tiny_model)},
-            "train": {"batch_size": 16, "epochs": 2},
-            "loss": {"temperature": 0.05},
-        }
-    )
+    return recipe_for(tmp_path_factory.mktemp("loop"), tiny_model, verse_rows[:80], batch_size=16, epochs=2)
 
 
 @pytest.fixture(scope="module")
