@@ -20,6 +20,7 @@ from gist_ray.training.engine import update
 from gist_ray.training.loss import Candidates, RowLosses, guided_contrastive_loss
 from gist_ray.training.memory import ActivationMemory
 from gist_ray.training.phases import PhaseClock
+from gist_ray.training.words import words_of
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,15 @@ class Stepper:
         how much memory there is does not change a bit of the result.
         """
         chunks, kept = self._passes(batch)
-        vectors, graphs = self._vectors(number, chunks, kept)
-        # Fillers come last, and their vectors go nowhere.
-        result, gradient = self._loss_gradient(torch.cat(vectors)[: batch.counts[self.rank]], batch)
-        with one_reduction(self.engine, self.clock):
-            self._backward(number, chunks, graphs, gradient)
+        with words_of(self.engine, chunks) as words:
+            vectors, graphs = self._vectors(number, chunks, kept)
+            # Fillers come last, and their vectors go nowhere.
+            result, gradient = self._loss_gradient(torch.cat(vectors)[: batch.counts[self.rank]], batch)
+            with one_reduction(self.engine, self.clock):
+                self._backward(number, chunks, graphs, gradient)
+                if words:
+                    with self.clock("backward"):
+                        words.backward()
         with self.clock("optimizer"):
             grad_norm = update(self.engine)
         return StepSums(

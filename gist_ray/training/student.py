@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from gist_ray.config import LoraConfig, Recipe
 from gist_ray.encoder import Encoder, load_model
 from gist_ray.errors import InputError
+from gist_ray.training.dropout import cheapen_dropout
 
 _ADAPTER = "default"  # peft's own name for the only adapter
 # Compiled versions of a block: with and without gradient, padding, dropout, and for a single text. Torch stops at 8,
@@ -45,6 +46,8 @@ def load_student(recipe: Recipe, device: str, *, training: bool = True) -> Encod
         # In this order: torch compiles no block with a checkpoint inside, but a checkpoint may hold a compiled block.
         if train.compile:
             compile_blocks(model)
+        elif device == "cpu":  # the compiler makes its own random numbers
+            cheapen_dropout(model)
         if train.activation_checkpointing:
             checkpoint_blocks(model)
     model.train(training)

@@ -42,6 +42,21 @@ def test_deepspeed_config_follows_the_recipe():
     assert config["gradient_clipping"] == 0.5 and config["train_micro_batch_size_per_gpu"] == 2
 
 
+@pytest.mark.parametrize(
+    ("world_size", "stage", "theirs", "expected"),
+    [
+        (1, 1, {}, 0),
+        (1, 2, {}, 0),
+        (1, 3, {}, 3),
+        (2, 1, {}, 1),
+        (1, 2, {"zero_optimization": {"sub_group_size": 9}}, 2),
+    ],
+)
+def test_one_worker_partitions_nothing_unless_told(world_size: int, stage: int, theirs: dict, expected: int):
+    config = deepspeed_config(TrainConfig(zero_stage=stage, deepspeed=theirs), world_size)  # type: ignore[arg-type]
+    assert config["zero_optimization"]["stage"] == expected
+
+
 def test_the_users_deepspeed_settings_are_merged(tmp_path: Path):
     theirs = {
         "zero_optimization": {"stage": "auto", "reduce_bucket_size": 5, "overlap_comm": True},

@@ -16,6 +16,7 @@ from gist_ray.config import Recipe
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.recipe_file import parse_recipe
+from gist_ray.training.dropout import CpuDropout
 from gist_ray.training.student import checkpoint_blocks, load_student, merged_student, set_dropout
 
 SIZES = {
@@ -242,6 +243,13 @@ def test_dropout_is_the_folders_or_the_recipes(folders: dict[str, Path], family:
     stored, unchanged = Encoder.load(folders[family]).model, student(folders[family]).model
     for theirs, ours in zip(stored.modules(), unchanged.modules(), strict=True):
         assert getattr(theirs, "p", None) == getattr(ours, "p", None)
+
+
+def test_random_numbers_are_cheap_unless_the_compiler_makes_them(folders: dict[str, Path]):
+    def kinds(**settings: bool) -> set[type]:
+        return {type(m) for m in student(folders["Bert"], **settings).model.modules() if isinstance(m, nn.Dropout)}
+
+    assert kinds() == {CpuDropout} and kinds(compile=True) == {nn.Dropout}
 
 
 def test_dropout_kept_as_a_number_is_set_too(folders: dict[str, Path]):

@@ -1,0 +1,44 @@
+"""Dropout on the CPU: the random numbers of torch's own take a twelfth of a training step, these a seventieth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_LEVELS = 1 << 16  # of 16 random bits an element
+
+
+class CpuDropout(nn.Dropout):
+    """`nn.Dropout` with 16 random bits an element, drawn 64 at a time; `p` is rounded to a 65,536th.
+
+    torch's generator gives a number at a time, on one thread (4.7 ns each, ours 0.5). The bits follow from torch's
+    seed, so what repeats torch's random numbers repeats these: a chunk's second forward, a checkpointed block.
+    Expectation and scale are exact: what is kept is divided by the share that is kept. Not in place.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The same shape; elements are 0 with probability `p`, else divided by `1 - p`. Identity in eval mode."""
+        dropped = round(self.p * _LEVELS)
+        if not self.training or dropped == 0:
+            return input
+        if dropped == _LEVELS or input.device.type != "cpu":
+            return super().forward(input)
+        return input * _noise(input, dropped)
+
+
+def cheapen_dropout(model: nn.Module) -> None:
+    """Turn every `nn.Dropout` of a model into a `CpuDropout`, in place. Attention may keep its own."""
+    for module in model.modules():
+        if type(module) is nn.Dropout and not module.inplace:
+            module.__class__ = CpuDropout
+
+
+def _noise(like: Tensor, dropped: int) -> Tensor:
+    """0 or the scale, of the shape and type of `like`."""
+    seed = int(torch.randint(torch.iinfo(torch.int64).max, ()))
+    raw: Any = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))
+    bits = torch.from_numpy(raw.view(np.int16)[: like.numel()]).view(like.shape)
+    return (bits >= dropped - _LEVELS // 2).to(like.dtype).mul_(_LEVELS / (_LEVELS - dropped))
