@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,9 +18,9 @@ from torch import Tensor
 from gist_ray.config import TrainConfig
 from gist_ray.encoder import Encoder
 
-# On a CPU more is not worth taking it from others: a batch that needs more repeats forwards for its other chunks.
-_CPU_LIMIT_BYTES = 2e9
 _PROBES = ((2, 8), (8, 8), (4, 32), (2, 64))  # rows, tokens
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -39,10 +41,16 @@ class ActivationMemory:
         return self.per_chunk + rows * tokens * (self.per_token + tokens * self.per_token_pair)
 
     def kept(self, shapes: Sequence[tuple[int, int]]) -> list[bool]:
-        """Which chunks keep their activations: as many of the last ones as fit. The others are computed again."""
-        left, kept = self.budget, [False] * len(shapes)
+        """Which chunks keep their activations: some of the last ones. The others are computed again.
+
+        All of them, if they fit in the budget. Of more, only `budget / all` of the budget is used: the larger the
+        batch, the smaller the share of a step that a kept byte saves, and memory that saves little is left to others.
+        So the need falls where batches outgrow the machine, instead of staying at the brim.
+        """
+        needs = [self.needed(*shape) for shape in shapes]
+        left, kept = self.budget * min(1.0, self.budget / max(sum(needs), 1.0)), [False] * len(shapes)
         for place in reversed(range(len(shapes))):
-            left -= self.needed(*shapes[place])
+            left -= needs[place]
             if left < 0:
                 break
             kept[place] = True
@@ -68,11 +76,25 @@ def probe(encoder: Encoder, train: TrainConfig) -> ActivationMemory:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that this worker may count as its own, for activations."""
+    """Memory that this worker may count as its own: of a GPU, or of the machine or container for each worker there."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    workers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return float(min(psutil.virtual_memory().available / workers, 2 * _CPU_LIMIT_BYTES))
+    free = min([psutil.virtual_memory().available, *_container_bytes(_CGROUP)])
+    return max(0.0, free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _container_bytes(cgroup: Path) -> list[float]:
+    """Bytes left of a container's memory limit, in either version of control groups; nothing without a limit.
+
+    Files that were read and could be read again count as used, and are given up when memory is needed.
+    """
+    for place, limit, usage in _CGROUP_FILES:
+        folder = cgroup / place
+        with suppress(OSError, ValueError):  # not there, or "max"
+            left = float((folder / limit).read_text()) - float((folder / usage).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return [left + float(statistics["inactive_file"])]
+    return []
 
 
 def keep_freed_memory() -> None:
