@@ -226,7 +226,7 @@ class TrainConfig(Section):
     """Padded tokens per student forward: bounds padding, not the batch. None: what suits the device."""
     activation_mb: int | None = Field(default=None, ge=0)
     """Memory of each worker for activations. Chunks beyond it are computed twice (GradCache, arXiv 2101.06983), to the
-    same result. None: half of what is free at the start, on a CPU at most 2 GB."""
+    same result. None: half of what is free at the start, and less where a batch needs much more."""
     activation_checkpointing: bool = False  # compute each layer again in its backward pass: for chunks that do not fit
     compile: bool = False  # torch.compile the student
     lora: LoraConfig | None = None

@@ -35,6 +35,8 @@ class ActivationMemory:
     """Bytes of each padded token."""
     per_token_pair: float
     """Bytes of each pair of tokens in a row: attention."""
+    given: bool = False
+    """Whether the budget is the user's, to be used up, and not a guess."""
 
     def needed(self, rows: int, tokens: int) -> float:
         """Bytes that the activations of a chunk take."""
@@ -43,12 +45,13 @@ class ActivationMemory:
     def kept(self, shapes: Sequence[tuple[int, int]]) -> list[bool]:
         """Which chunks keep their activations: some of the last ones. The others are computed again.
 
-        All of them, if they fit in the budget. Of more, only `budget / all` of the budget is used: the larger the
-        batch, the smaller the share of a step that a kept byte saves, and memory that saves little is left to others.
-        So the need falls where batches outgrow the machine, instead of staying at the brim.
+        All of them, if they fit in the budget. Of more, only `budget / all` of a budget that was not given is used:
+        the larger the batch, the smaller the share of a step that a kept byte saves, and memory that saves little is
+        left to others. So the need falls where batches outgrow the machine, instead of staying at the brim.
         """
         needs = [self.needed(*shape) for shape in shapes]
-        left, kept = self.budget * min(1.0, self.budget / max(sum(needs), 1.0)), [False] * len(shapes)
+        share = 1.0 if self.given else min(1.0, self.budget / max(sum(needs), 1.0))
+        left, kept = self.budget * share, [False] * len(shapes)
         for place in reversed(range(len(shapes))):
             left -= needs[place]
             if left < 0:
@@ -72,7 +75,7 @@ def probe(encoder: Encoder, train: TrainConfig) -> ActivationMemory:
         values = values.to(encoder.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     budget, *agreed = values.tolist()
-    return ActivationMemory(-budget, *agreed)
+    return ActivationMemory(-budget, *agreed, given=train.activation_mb is not None)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -15,16 +15,16 @@ from gist_ray.training.memory import ActivationMemory, free_bytes, probe
 SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), max_size=30)
 
 
-@given(SHAPES, st.floats(0, 1e6))
+@given(SHAPES, st.floats(0, 1e6), st.booleans())
 def test_all_chunks_are_kept_if_they_fit_else_as_many_of_the_last_as_a_share_of_the_budget_holds(
-    shapes: list[tuple[int, int]], budget: float
+    shapes: list[tuple[int, int]], budget: float, given: bool
 ):
-    memory = ActivationMemory(budget, 10.0, 2.0, 0.5)
+    memory = ActivationMemory(budget, 10.0, 2.0, 0.5, given)
     needs = [memory.needed(*shape) for shape in shapes]
     kept = memory.kept(shapes)
     assert len(kept) == len(shapes) and kept == sorted(kept)
     assert all(kept) == (sum(needs) <= budget)
-    share = budget * min(1, budget / sum(needs)) if needs else budget
+    share = budget * min(1, budget / sum(needs)) if needs and not given else budget
     held = [need for need, keep in zip(needs, kept, strict=True) if keep]
     assert sum(held) <= share + 1e-6
     if not all(kept):  # one more would not fit
@@ -45,7 +45,7 @@ def test_the_probe_predicts_what_activations_take(minilm: Path, precision: str):
     encoder = Encoder.load(minilm)
     encoder.model.train()
     memory = probe(encoder, TrainConfig(precision=precision, activation_mb=100))
-    assert memory.budget == 100e6
+    assert memory.budget == 100e6 and memory.given
     for rows, tokens in ((3, 10), (16, 30), (2, 200)):
         assert memory.needed(rows, tokens) == pytest.approx(_saved_bytes(encoder, rows, tokens, precision), rel=0.1)
 
