@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_LEVELS = 1 << 16  # of 16 random bits an element
+LEVELS = 1 << 16
+"""Of 16 random bits an element: a share is a number of these."""
 
 
 class CpuDropout(nn.Dropout):
@@ -21,12 +22,12 @@ class CpuDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """The same shape; elements are 0 with probability `p`, else divided by `1 - p`. Identity in eval mode."""
-        dropped = round(self.p * _LEVELS)
+        dropped = round(self.p * LEVELS)
         if not self.training or dropped == 0:
             return input
-        if dropped == _LEVELS or input.device.type != "cpu":
+        if dropped == LEVELS or input.device.type != "cpu":
             return super().forward(input)
-        return input * _noise(input, dropped)
+        return input * dropout_noise(input, dropped, drawn_seed())
 
 
 def cheapen_dropout(model: nn.Module) -> None:
@@ -36,9 +37,13 @@ def cheapen_dropout(model: nn.Module) -> None:
             module.__class__ = CpuDropout
 
 
-def _noise(like: Tensor, dropped: int) -> Tensor:
-    """0 or the scale, of the shape and type of `like`."""
-    seed = int(torch.randint(torch.iinfo(torch.int64).max, ()))
+def drawn_seed() -> int:
+    """A seed for `dropout_noise`, from torch's generator."""
+    return int(torch.randint(torch.iinfo(torch.int64).max, ()))
+
+
+def dropout_noise(like: Tensor, dropped: int, seed: int) -> Tensor:
+    """0 for `dropped` of `LEVELS` elements, else what makes up for them; of the shape and type of `like`."""
     raw: Any = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))
     bits = torch.from_numpy(raw.view(np.int16)[: like.numel()]).view(like.shape)
-    return (bits >= dropped - _LEVELS // 2).to(like.dtype).mul_(_LEVELS / (_LEVELS - dropped))
+    return (bits >= dropped - LEVELS // 2).to(like.dtype).mul_(LEVELS / (LEVELS - dropped))

@@ -74,15 +74,15 @@ def probe(encoder: Encoder, train: TrainConfig) -> ActivationMemory:
     if dist.is_initialized() and dist.get_world_size() > 1:
         values = values.to(encoder.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    budget, *agreed = values.tolist()
-    return ActivationMemory(-budget, *agreed, given=train.activation_mb is not None)
+    budget, per_chunk, per_token, per_token_pair = values.tolist()
+    return ActivationMemory(-budget, per_chunk, per_token, per_token_pair, given=train.activation_mb is not None)
 
 
 def free_bytes(device: torch.device) -> float:
     """Memory that this worker may count as its own: of a GPU, or of the machine or container for each worker there."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    free = min([psutil.virtual_memory().available, *_container_bytes(_CGROUP)])
+    free = float(min([psutil.virtual_memory().available, *_container_bytes(_CGROUP)]))
     return max(0.0, free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from gist_ray.config import LoraConfig, Recipe
 from gist_ray.encoder import Encoder, load_model
 from gist_ray.errors import InputError
+from gist_ray.training.attention import cheapen_attention
 from gist_ray.training.dropout import cheapen_dropout
 
 _ADAPTER = "default"  # peft's own name for the only adapter
@@ -48,6 +49,7 @@ def load_student(recipe: Recipe, device: str, *, training: bool = True) -> Encod
             compile_blocks(model)
         elif device == "cpu":  # the compiler makes its own random numbers
             cheapen_dropout(model)
+            cheapen_attention(model)
         if train.activation_checkpointing:
             checkpoint_blocks(model)
     model.train(training)
