@@ -95,10 +95,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_freed_memory_is_kept():
-    """Three steps of 200 MB: some 50,000 pages each, or none."""
-    command = [sys.executable, "-c", FAULTS]
-    as_ever, kept = (
-        int(subprocess.run([*command, how], capture_output=True, check=True, text=True).stdout)
-        for how in ("default", "keep")
-    )
-    assert as_ever > 10 * kept
+    """Three steps of ten tensors of 20 MB, 4,883 pages each: all pages are new, or those of a tensor at most.
+
+    Without our setting glibc sometimes learns by itself; so it has three tries to show what it does.
+    """
+
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True, text=True)
+        return int(done.stdout)
+
+    assert faults("keep") < 2 * 4883
+    assert max(faults("default") for _ in range(3)) > 20 * 4883
