@@ -85,7 +85,9 @@ def _train(arguments: argparse.Namespace) -> Path:
 def _export(arguments: argparse.Namespace) -> Path:
     from gist_ray.model_folder import export
 
-    return export(arguments.checkpoint, arguments.out, report=arguments.report)
+    return export(
+        arguments.checkpoint, arguments.out, report=arguments.report, int8=arguments.int8, texts=arguments.texts
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> Path:
@@ -113,7 +115,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     stdout = arguments.stdout
     recipe = _optional_recipe(arguments)
     config, cluster = (recipe.serving, recipe.cluster) if recipe else (ServingConfig(), ClusterConfig())
-    chosen = {"host": arguments.host, "port": arguments.port, "threads": arguments.threads}
+    names = ("host", "port", "threads", "backend", "precision")
+    chosen = {name: getattr(arguments, name) for name in names}
     serve(
         arguments.model,
         _changed(config, chosen),
@@ -179,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", help="folder that `gist-ray train` printed")
     sub.add_argument("out", help="new model folder")
     sub.add_argument("--report", help="finished report whose scores go into the model card")
+    sub.add_argument("--int8", action="store_true", help="add an int8 variant for CPUs, its accuracy measured")
+    sub.add_argument("--texts", help="file of lines to calibrate it with (default: the training texts)")
 
     sub = model_verb("evaluate", _evaluate, "score a model with MTEB on Ray")
     sub.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="MTEB task names (data from the Hub)")
@@ -192,6 +197,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     sub.add_argument("--port", type=int, help="0: a free port (default: 8000)")
     sub.add_argument("--threads", type=int, help="threads of the model (default: 1)")
+    sub.add_argument("--backend", choices=["auto", "torch", "openvino"], help="what computes (default: auto)")
+    sub.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], help="of the model (default: fp32)")
     sub.add_argument("--model-id", help="name under which it is served (default: the folder's name)")
     return parser
 

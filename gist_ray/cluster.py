@@ -11,9 +11,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from gist_ray.config import ClusterConfig
 from gist_ray.errors import InputError
+from gist_ray.ingress import ingress_environment
 
 # Set before Ray or a worker of Ray starts; `setdefault` leaves the user's own choice alone.
 _ENVIRONMENT = {
@@ -68,6 +70,8 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
     if own_token:
         # It stays for the life of this process: Ray caches it, so a second Ray here must have the same.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    for name, value in ingress_environment(Path(folder), free_port).items():
+        os.environ.setdefault(name, value)
     try:
         ray.init(
             address="local",

@@ -1,62 +1,128 @@
-"""export: checkpoint in, model folder out, with a model card and its provenance."""
+"""export: checkpoint in, model folder out, with a model card, its provenance and, on request, an int8 variant."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gist_ray.encoder import Encoder
+import numpy as np
+
+from gist_ray.config import Recipe
+from gist_ray.data.shards import Shards
+from gist_ray.encoder import Encoder, TokenIds, fingerprint
 from gist_ray.errors import InputError
-from gist_ray.manifest import digest_of, finished, read_manifest, write_json, write_manifest
+from gist_ray.int8 import CALIBRATION_TEXTS, MAX_GATE_TEXTS, PROVENANCE, quantize
+from gist_ray.manifest import digest_files, digest_of, finished, read_manifest, write_json, write_manifest
 from gist_ray.metrics import METRICS
+from gist_ray.training.checkpoint import KIND as CHECKPOINT
 from gist_ray.training.checkpoint import student_folder
 
+log = logging.getLogger(__name__)
+
 KIND = "model"
-PROVENANCE = "gist_ray.json"
 
 
-def export(checkpoint: str | Path, out: str | Path, *, report: str | Path | None = None) -> Path:
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    report: str | Path | None = None,
+    int8: bool = False,
+    texts: str | Path | None = None,
+) -> Path:
     """Write the model folder of a finished checkpoint and return its path; at once if it is already there.
 
     The folder loads in `SentenceTransformer`, text-embeddings-inference and `Encoder.load`. `report` is a finished
-    report whose scores go into the card.
+    report whose scores go into the card. `int8` adds a quantized variant for CPUs and its measured accuracy (see
+    `gist_ray.int8`), calibrated with the lines of the file `texts` or, without it, the texts of the training data. With
+    `int8` and `texts`, `checkpoint` may be any model folder or Hub id.
 
     Raises:
-        InputError: not a finished checkpoint or report, or `out` holds something else.
+        InputError: not a finished checkpoint or report, or `out` holds something else; or as `quantize`.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
-    student = student_folder(checkpoint)
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None, "student_folder has checked the checkpoint"
-    scores = _scores(Path(report)) if report else []
-    made_from = {"checkpoint": digest_of(manifest["fingerprint"]), "scores": digest_of(scores)}
+    out = Path(out)
+    made_from, provenance = _origin(checkpoint, report, int8)
+    if int8:
+        made_from["int8"] = digest_files([_text_file(texts)]) if texts else "training texts"
     if finished(out, KIND, made_from):
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty and not a finished model folder; choose another folder or clear it")
-    encoder = Encoder.load(student)
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed export
-    shutil.copytree(student, unfinished)
-    recipe = manifest["recipe"]
-    provenance = {
-        "recipe": recipe,
-        "fingerprint": manifest["fingerprint"],
-        "steps": manifest["steps"],
-        "dim": encoder.dim,
-        "max_tokens": encoder.max_tokens,
-        "scores": scores,
-    }
-    shutil.copyfile(checkpoint / METRICS, unfinished / METRICS)  # for the curves in the reports on this model
+    recipe = provenance.get("recipe")
+    if recipe:
+        checkpoint = Path(checkpoint)
+        shutil.copytree(student_folder(checkpoint), unfinished)
+        shutil.copyfile(checkpoint / METRICS, unfinished / METRICS)  # for the curves in the reports on this model
+        encoder = Encoder.load(unfinished)
+    else:
+        encoder = Encoder.load(checkpoint)
+        encoder.save(unfinished)
+    provenance |= {"dim": encoder.dim, "max_tokens": encoder.max_tokens}
+    if int8:
+        provenance["int8"] = quantize(encoder, _calibration(encoder, texts, recipe), unfinished, threads=_threads())
+        _tell(provenance["int8"])
     write_json(unfinished / PROVENANCE, provenance)
-    (unfinished / "README.md").write_text(model_card(recipe["name"], provenance), encoding="utf-8")
+    if recipe:
+        (unfinished / "README.md").write_text(model_card(recipe["name"], provenance), encoding="utf-8")
     write_manifest(unfinished, KIND, made_from)
     if out.exists():
         out.rmdir()  # empty, as checked
     unfinished.rename(out)
     return out
+
+
+def _origin(checkpoint: str | Path, report: str | Path | None, int8: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the folder is made from, as fingerprint and as provenance; of a model that is no checkpoint, its own."""
+    scores = _scores(Path(report)) if report else []
+    manifest = read_manifest(Path(checkpoint))
+    if int8 and (manifest is None or manifest.get("kind") != CHECKPOINT):
+        model = fingerprint(checkpoint, revision=None, max_tokens=None, pooling=None, prompt="")
+        return {"model": digest_of(model), "scores": digest_of(scores)}, {"fingerprint": model, "scores": scores}
+    student_folder(Path(checkpoint))  # or says what is wrong with it
+    assert manifest is not None, "student_folder has checked the checkpoint"
+    made_from = {"checkpoint": digest_of(manifest["fingerprint"]), "scores": digest_of(scores)}
+    kept = {name: manifest[name] for name in ("recipe", "fingerprint", "steps")}
+    return made_from, {**kept, "scores": scores}
+
+
+def _calibration(encoder: Encoder, texts: str | Path | None, recipe: dict[str, Any] | None) -> Sequence[TokenIds]:
+    """Token ids of different texts, drawn at random: of a file's lines, or of the training data."""
+    random, wanted = np.random.default_rng(0), CALIBRATION_TEXTS + MAX_GATE_TEXTS
+    if texts:
+        lines = sorted({line.strip() for line in _text_file(texts).read_text(encoding="utf-8").splitlines()} - {""})
+        return encoder.tokenize([lines[i] for i in random.permutation(len(lines))[:wanted]])
+    folder = Recipe.model_validate(recipe).shards_dir() if recipe else None
+    if folder is None or not (folder / "manifest.json").is_file():
+        where = f"the training data is no longer at {folder}" if folder else "this is no checkpoint with training data"
+        raise InputError(f"int8 needs texts to calibrate with, and {where}; give a file of lines with --texts")
+    shards = Shards.open(folder)
+    return shards.texts.tokens(random.permutation(shards.texts.num_texts)[:wanted])
+
+
+def _text_file(texts: str | Path) -> Path:
+    file = Path(texts)
+    if not file.is_file():
+        raise InputError(f"--texts {texts} is not a file; give one with a text on each line")
+    return file
+
+
+def _tell(record: dict[str, Any]) -> None:
+    numbers = ", ".join(f"{name} {record[name]:.3f} (needed {limit})" for name, limit in record["needed"].items())
+    if record["passed"]:
+        log.info("int8: %s", numbers)
+    else:
+        log.warning("int8: %s: not accurate enough, it will not be served", numbers)
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def model_card(name: str, provenance: dict[str, Any]) -> str:
@@ -67,6 +133,7 @@ def model_card(name: str, provenance: dict[str, Any]) -> str:
     # A base that is a Hub id is linked by the Hub; a local folder has no page to link to.
     base = "" if Path(student["path"]).is_absolute() else f"base_model: {student['path']}\n"
     scores = "\n".join(f"| {s['name']} | {s['type']} | {s['score']:.4f} |" for s in provenance["scores"])
+    int8 = _int8_section(provenance["int8"]) if "int8" in provenance else ""
     table = f"\n## Scores\n\n| task | type | score |\n|---|---|---|\n{scores}\n" if scores else ""
     layers = f", layers {student['layers']}" if student["layers"] else ""
     return f"""---
@@ -111,7 +178,22 @@ Training data:
 {sources}
 
 The whole recipe and every fingerprint stand in `{PROVENANCE}`.
-{table}"""
+{table}{int8}"""
+
+
+def _int8_section(record: dict[str, Any]) -> str:
+    rows = "\n".join(f"| {name} | {record[name]:.4f} | {limit} |" for name, limit in record["needed"].items())
+    verdict = "Accurate enough to be served" if record["passed"] else "Not accurate enough to be served"
+    return f"""
+## int8
+
+`{record["file"]}`: {record["method"]}, calibrated on {record["calibration_texts"]} texts and compared with fp32 on
+{record["measured_on_texts"]} others. {verdict} (`gist-ray serve --precision int8`).
+
+| measure | value | needed |
+|---|---|---|
+{rows}
+"""
 
 
 def _short_name(path: str) -> str:

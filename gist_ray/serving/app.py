@@ -7,6 +7,7 @@ Annotations are objects here, not strings: Serve reads that of `build_app` to va
 import errno
 import hashlib
 import io
+import ipaddress
 import logging
 import os
 import signal
@@ -30,7 +31,8 @@ from gist_ray.config import ClusterConfig, ServingConfig
 from gist_ray.encoder import fingerprint
 from gist_ray.errors import InputError
 from gist_ray.serving.api import ApiSettings, create_api
-from gist_ray.serving.engine import TorchEngine
+from gist_ray.serving.autoscaling import Workload
+from gist_ray.serving.engine import load_engine
 from gist_ray.serving.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -39,8 +41,8 @@ API_KEYS_VARIABLE = "GIST_RAY_API_KEYS"
 """Environment variable with the accepted API keys, comma separated. Unset or empty: no key is asked for."""
 MAX_ONGOING_REQUESTS = 512
 """Requests a replica holds at once. Many, so that batches fill; the queue's tokens are the real limit."""
-TARGET_ONGOING_REQUESTS = 64
-"""Requests per replica at which the autoscaler adds another."""
+LOOK_BACK_S = 10.0
+"""Over which the autoscaler takes the mean of what replicas report."""
 HEALTH_DEADLINE_S = 20.0
 READY_TIMEOUT_S = 60.0
 _APP_NAME = "gist-ray"
@@ -58,6 +60,10 @@ class ServeArgs(BaseModel):
     serving: ServingConfig = ServingConfig()
     drain_s: float = Field(default=30.0, ge=0)
     """How long a replica that is told to stop may finish the requests it holds."""
+    local_only: bool = False
+    """Answer requests from this machine only: behind HAProxy a replica's own port is open on every interface."""
+    access_log: bool = False
+    """A line per answer in the replica's log: route, status, time, tokens; never a text."""
 
     @field_validator("serving")
     @classmethod
@@ -89,22 +95,41 @@ class Replica:
     """One copy of the model with its own HTTP ingress. Serve makes it; `build_app` says how many."""
 
     def __init__(self, args: ServeArgs, api_key_sha256: tuple[str, ...]) -> None:
+        import ray.util
         from ray import serve
 
-        self._engine = TorchEngine.load(args.model, threads=args.serving.threads)
+        config = args.serving
+        self._engine = load_engine(
+            args.model, backend=config.backend, precision=config.precision, threads=config.threads
+        )
         self._scheduler = Scheduler(
             self._engine,
-            batch_tokens=args.serving.batch_tokens,
-            max_queue_tokens=args.serving.max_queue_tokens,
+            batch_tokens=config.batch_tokens,
+            max_queue_tokens=config.max_queue_tokens,
+            cache_bytes=int(config.cache_mb * 1e6),
         )
+        self._workload = Workload(time.monotonic())
         name = serve.get_replica_context().replica_id.unique_id
-        self._settings = ApiSettings(args.served_id(), api_key_sha256, replica=name)
+        own = {"127.0.0.1", "::1", ray.util.get_node_ip_address()}
+        self._settings = ApiSettings(
+            args.served_id(),
+            api_key_sha256,
+            replica=name,
+            peers=frozenset(own if args.local_only else ()),
+            access_log=args.access_log,
+        )
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once, before the first request."""
         await self._scheduler.start()
         await self._scheduler.warm_up()
         return create_api(self._engine, self._scheduler, self._settings)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve: what `replicas_for_backlog` decides by."""
+        scheduler = self._scheduler
+        forward_s = scheduler.counters.forward_seconds
+        return self._workload.report(time.monotonic(), scheduler.queued_tokens, scheduler.tokens_per_second, forward_s)
 
     async def check_health(self) -> None:
         """Called by Serve: a real forward, so that a stuck or broken engine is replaced."""
@@ -137,7 +162,11 @@ def _application(args: ServeArgs) -> Any:
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
-            "target_ongoing_requests": TARGET_ONGOING_REQUESTS,
+            "initial_replicas": max(1, config.min_replicas),
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+            "look_back_period_s": LOOK_BACK_S,
+            "policy": {"policy_function": "gist_ray.serving.autoscaling:replicas_for_backlog"},
         },
         ray_actor_options={"num_cpus": config.threads},
         health_check_timeout_s=HEALTH_DEADLINE_S + 10,
@@ -176,7 +205,7 @@ def serve_model(
     folder = Path(model).expanduser()
     place = str(folder.absolute()) if folder.is_dir() else str(model)
     serving = ServingConfig(**config.model_dump(exclude={"host", "port"}))
-    args = ServeArgs(model=place, model_id=model_id, serving=serving, drain_s=2)
+    args = ServeArgs(model=place, model_id=model_id, serving=serving, drain_s=2, local_only=_is_loopback(config.host))
     check_model(args.model)
     host, port = config.host, config.port or free_port(config.host)
     _check_port(host, port)
@@ -278,6 +307,13 @@ def _check_port(host: str, port: int) -> None:
             else:
                 message = f"cannot listen on {host}:{port} ({error.strerror}); choose another host or port"
             raise InputError(message) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _reachable(host: str) -> str:

@@ -1,12 +1,9 @@
-"""Scheduler: a queue of texts in front of one engine.
+"""Scheduler: requests of texts in front of one engine.
 
 The unit is the text, not the request: a request of many texts fills several batches, and a batch serves many
 requests. A batch is taken only when the engine is free: there is no timer, and a lone request starts at once.
-
-When the engine has used up its window, the oldest queued texts, as many as fill `window_batches` batches,
-become the next one. They are sorted by length and cut into batches of at most `batch_tokens` padded tokens,
-which run shortest first. Only texts of one window can overtake each other, so whatever the load **no text is
-overtaken by more than `window_batches - 1` batches**, and padding stays near that of a full sort.
+Which texts make the next batch is told in `lanes.py`. A text that is known from before, or in flight, is not computed
+again.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,13 +20,23 @@ from typing import TypeVar
 
 import numpy as np
 
-from gist_ray.encoder import TokenIds, length_sorted_chunks
+from gist_ray.encoder import TokenIds
+from gist_ray.serving.cache import VectorCache
 from gist_ray.serving.engine import Engine, Vectors
+from gist_ray.serving.lanes import Lanes, Text
+from gist_ray.serving.pieces import Piece
+from gist_ray.serving.tuning import tuned_batch_tokens
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+UNTUNED_BATCH_TOKENS = 1024
+"""Until it is measured."""
+TYPICAL_TOKENS = (16, 64)
+"""Lengths of the texts that batches are tuned for: a query and a paragraph."""
+FAST_LANE_TOKENS = 256
+"""Requests up to this size go in the fast lane: a query or a few."""
 RETRY_AFTER_LIMIT_S = 60
 """Longest wait that is asked of a client; the openai client obeys no longer one."""
 
@@ -73,19 +79,26 @@ class Embeddings:
     Attributes:
         vectors: float32 `[n, dim]`, unit norm, in the order of the texts.
         num_tokens: tokens the model read, special tokens included; equal texts count each time.
+        tokenize_s: seconds until its token ids were there.
+        queue_s: seconds that the text which waited longest was queued.
+        forward_s: seconds from then until all vectors were there.
     """
 
     vectors: Vectors
     num_tokens: int
+    tokenize_s: float = 0.0
+    queue_s: float = 0.0
+    forward_s: float = 0.0
 
 
 @dataclass
 class Counters:
-    """What happened since the start. Seconds are sums: of requests, of texts, of batches."""
+    """What happened since the start."""
 
     texts: int = 0
     tokens: int = 0
     texts_deduplicated: int = 0
+    texts_cached: int = 0
     texts_dropped: int = 0
     requests_shed: int = 0
     batches: int = 0
@@ -93,8 +106,6 @@ class Counters:
     batch_texts: int = 0
     batch_tokens: int = 0
     padded_tokens: int = 0
-    tokenize_seconds: float = 0.0
-    queue_seconds: float = 0.0
     forward_seconds: float = 0.0
 
 
@@ -103,17 +114,9 @@ class _Request:
     vectors: Vectors
     missing: int
     done: asyncio.Future[None]
-    texts: list[_Text] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Text:
-    ids: TokenIds
-    key: bytes
     queued_at: float
-    rows: dict[_Request, list[int]] = field(default_factory=dict)
-    """Who waits for this text, and in which rows of its answer. Empty: nobody any more."""
-    running: bool = False
+    texts: list[Text] = field(default_factory=list)
+    queue_s: float = 0.0
 
 
 class Scheduler:
@@ -121,28 +124,29 @@ class Scheduler:
 
     Args:
         engine: what computes; its `forward` gets a thread of its own.
-        batch_tokens: padded tokens per forward; a single longer text is a batch of its own.
+        batch_tokens: padded tokens per forward; a single longer text is a batch of its own. None: measured at warm-up.
         max_queue_tokens: tokens that may wait; above it `embed` raises Overloaded.
-        window_batches: how many batches are sorted together; see the module text for what it bounds.
+        window_batches: how many batches are sorted together; see `lanes.py` for what it bounds.
+        cache_bytes: what the vectors of past texts may take; 0: they are not kept.
     """
 
     def __init__(
         self,
         engine: Engine,
         *,
-        batch_tokens: int = 2048,
+        batch_tokens: int | None = None,
         max_queue_tokens: int = 200_000,
         window_batches: int = 8,
+        cache_bytes: int = 0,
     ) -> None:
         self.engine = engine
-        self.batch_tokens = batch_tokens
         self.max_queue_tokens = max_queue_tokens
-        self.window_batches = window_batches
+        self.cache = VectorCache(cache_bytes)
         self.counters = Counters()
         self.queued_tokens = 0
-        self._queue: deque[_Text] = deque()
-        self._window: deque[list[_Text]] = deque()
-        self._in_flight: dict[bytes, _Text] = {}
+        self._tuned = batch_tokens is None
+        self._lanes = Lanes(batch_tokens or UNTUNED_BATCH_TOKENS, window_batches)
+        self._in_flight: dict[bytes, Text] = {}
         self._work = asyncio.Event()
         self._loop_task: asyncio.Task[None] | None = None
         self._warm = False
@@ -173,6 +177,11 @@ class Scheduler:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     @property
+    def batch_tokens(self) -> int:
+        """Padded tokens per forward."""
+        return self._lanes.batch_tokens
+
+    @property
     def ready(self) -> bool:
         """Warm and running."""
         return self._warm and self._running
@@ -183,18 +192,28 @@ class Scheduler:
         return self._rate_tokens / self._rate_seconds
 
     async def warm_up(self) -> None:
-        """Run the shortest and the largest batch once, so that no user pays for lazy initialisation.
+        """Run batches of the shortest to the longest texts, so that no user pays for lazy initialisation.
+
+        Without a given `batch_tokens`, find the best one.
 
         Raises:
             Exception: whatever the engine raises: a model that cannot run must not become ready.
         """
         texts = ["warm up", "warm up " * self.engine.max_tokens]
         short, longest = await self._in_thread(self._tokenizer, self.engine.tokenize, texts)
-        rows = max(1, self.batch_tokens // len(longest))
-        for batch in ([short], [longest] * rows):
+
+        def seconds(rows: int, length: int) -> float:
             started = time.perf_counter()
-            await self._in_thread(self._executor, self._forward, batch)
-            self._measure(sum(len(row) for row in batch), time.perf_counter() - started)
+            self._forward([longest[:length]] * rows)
+            took = time.perf_counter() - started
+            self._measure(rows * length, took)
+            return took
+
+        if self._tuned:
+            lengths = [min(length, len(longest)) for length in TYPICAL_TOKENS]
+            self._lanes.batch_tokens = await self._in_thread(self._executor, tuned_batch_tokens, seconds, lengths)
+        for length in (len(short), len(longest)):
+            await self._in_thread(self._executor, seconds, max(1, self.batch_tokens // length), length)
         self._warm = True
 
     async def probe(self, deadline_s: float) -> None:
@@ -227,7 +246,7 @@ class Scheduler:
         started = time.perf_counter()
         work = partial(self.engine.tokenize, texts, prompt=prompt, truncate=truncate)
         tokens = await self._in_thread(self._tokenizer, work)
-        self.counters.tokenize_seconds += time.perf_counter() - started
+        tokenized = time.perf_counter()
         for index, row in enumerate(tokens):
             if len(row) > self.engine.max_tokens:  # only with truncate=False
                 raise TextTooLong(index, len(row), self.engine.max_tokens)
@@ -237,7 +256,19 @@ class Scheduler:
                 await request.done
         finally:
             self._leave(request)
-        return Embeddings(request.vectors, sum(len(row) for row in tokens))
+        waited = time.perf_counter() - tokenized
+        return Embeddings(
+            request.vectors,
+            sum(map(len, tokens)),
+            tokenize_s=tokenized - started,
+            queue_s=request.queue_s,
+            forward_s=max(0.0, waited - request.queue_s),
+        )
+
+    async def pieces(self, texts: Sequence[str], *, prompt: str, special: bool) -> list[list[Piece]]:
+        """`Engine.pieces`, in the thread that tokenizes: a tokenizer may not be used by two at once."""
+        work = partial(self.engine.pieces, texts, prompt=prompt, special=special)
+        return await self._in_thread(self._tokenizer, work)
 
     @property
     def _running(self) -> bool:
@@ -248,23 +279,33 @@ class Scheduler:
         return await asyncio.get_running_loop().run_in_executor(executor, function, *args)
 
     def _enqueue(self, tokens: Sequence[TokenIds]) -> _Request:
-        keys, known = [np.asarray(row, dtype=np.int32).tobytes() for row in tokens], self._in_flight
-        fresh = {key: row for key, row in zip(keys, tokens, strict=True) if key not in known}
-        self._admit(sum(len(row) for row in fresh.values()))
+        keys, in_flight = [np.asarray(row, dtype=np.int32).tobytes() for row in tokens], self._in_flight
         vectors = np.empty((len(keys), self.engine.dim), dtype=np.float32)
-        request = _Request(vectors, len(keys), done=asyncio.get_running_loop().create_future())
-        now = time.perf_counter()
-        for key, row in fresh.items():
-            known[key] = _Text(row, key, queued_at=now)
-            self._queue.append(known[key])
-            self.queued_tokens += len(row)
+        waiting, fresh = [], {}
         for index, key in enumerate(keys):
-            text = known[key]
+            if key in in_flight or key in fresh:
+                waiting.append(index)
+            elif (vector := self.cache.get(key)) is not None:
+                vectors[index] = vector
+            else:
+                waiting.append(index)
+                fresh[key] = tokens[index]
+        num_tokens = sum(map(len, tokens))
+        self._admit(sum(map(len, fresh.values())))
+        now, fast = time.perf_counter(), num_tokens <= FAST_LANE_TOKENS
+        request = _Request(vectors, len(waiting), asyncio.get_running_loop().create_future(), queued_at=now)
+        for key, row in fresh.items():
+            in_flight[key] = Text(row, key, queued_at=now)
+            self._lanes.put(in_flight[key], fast=fast)
+            self.queued_tokens += len(row)
+        for index in waiting:
+            text = in_flight[keys[index]]
             text.rows.setdefault(request, []).append(index)
             request.texts.append(text)
         self.counters.texts += len(keys)
-        self.counters.tokens += sum(len(row) for row in tokens)
-        self.counters.texts_deduplicated += len(keys) - len(fresh)
+        self.counters.tokens += num_tokens
+        self.counters.texts_deduplicated += len(waiting) - len(fresh)
+        self.counters.texts_cached += len(keys) - len(waiting)
         self._work.set()
         return request
 
@@ -295,19 +336,20 @@ class Scheduler:
         try:
             while True:
                 await self._work.wait()
-                if batch := self._next_batch():
+                if batch := self._lanes.next_batch():
                     await self._run_batch(batch)
                 else:
                     self._work.clear()
         finally:  # nobody may be left waiting, whatever ended the loop
             self._fail(list(self._in_flight.values()), Closed("the server is shutting down"))
 
-    async def _run_batch(self, batch: list[_Text]) -> None:
+    async def _run_batch(self, batch: list[Text]) -> None:
         started = time.perf_counter()
         for text in batch:
             text.running = True
             self.queued_tokens -= len(text.ids)
-            self.counters.queue_seconds += started - text.queued_at
+            for request in text.rows:
+                request.queue_s = max(request.queue_s, started - max(text.queued_at, request.queued_at))
         try:
             vectors = await self._in_thread(self._executor, self._forward, [text.ids for text in batch])
         except Exception as error:
@@ -318,39 +360,16 @@ class Scheduler:
             self._count(batch, time.perf_counter() - started)
             self._deliver(batch, vectors)
 
-    def _next_batch(self) -> list[_Text]:
-        """Live texts to run next; empty when nothing waits."""
-        while self._window or self._queue:
-            if not self._window:
-                self._window = self._next_window()
-            batch = [text for text in self._window.popleft() if text.rows] if self._window else []
-            if batch:
-                return batch
-        return []
-
-    def _next_window(self) -> deque[list[_Text]]:
-        """Take the oldest live texts off the queue and cut them into batches."""
-        texts: list[_Text] = []
-        room = self.window_batches * self.batch_tokens
-        while self._queue and room > 0:
-            text = self._queue.popleft()
-            if text.rows:
-                texts.append(text)
-                room -= len(text.ids)
-        batches = plan_window([len(text.ids) for text in texts], self.batch_tokens, self.window_batches)
-        taken = sum(len(batch) for batch in batches)
-        self._queue.extendleft(reversed(texts[taken:]))
-        return deque([texts[i] for i in batch] for batch in batches)
-
     def _forward(self, tokens: list[TokenIds]) -> Vectors:
-        vectors = self.engine.forward(tokens)
+        vectors = self.engine.finish(self.engine.forward(tokens))
         if vectors.shape != (len(tokens), self.engine.dim) or not np.isfinite(vectors).all():
             raise ValueError(f"engine returned shape {vectors.shape} or NaN/inf for {len(tokens)} texts")
         return vectors
 
-    def _deliver(self, batch: list[_Text], vectors: Vectors) -> None:
+    def _deliver(self, batch: list[Text], vectors: Vectors) -> None:
         for text, vector in zip(batch, vectors, strict=True):
             del self._in_flight[text.key]
+            self.cache.put(text.key, vector)
             for request, rows in text.rows.items():
                 request.vectors[rows] = vector
                 request.missing -= len(rows)
@@ -358,7 +377,7 @@ class Scheduler:
                     request.done.set_result(None)
             text.rows.clear()
 
-    def _fail(self, batch: list[_Text], error: Exception) -> None:
+    def _fail(self, batch: list[Text], error: Exception) -> None:
         for text in batch:
             del self._in_flight[text.key]
             if not text.running:
@@ -368,7 +387,7 @@ class Scheduler:
                     request.done.set_exception(type(error)(*error.args))  # each waiter its own traceback
             text.rows.clear()
 
-    def _count(self, batch: list[_Text], seconds: float) -> None:
+    def _count(self, batch: list[Text], seconds: float) -> None:
         lengths = [len(text.ids) for text in batch]
         self.counters.batches += 1
         self.counters.batch_texts += len(batch)
@@ -381,19 +400,3 @@ class Scheduler:
         """Sums that forget: the rate follows the last ten batches or so."""
         self._rate_tokens = 0.9 * self._rate_tokens + num_tokens
         self._rate_seconds = 0.9 * self._rate_seconds + seconds
-
-
-def plan_window(lengths: Sequence[int], batch_tokens: int, max_batches: int) -> list[list[int]]:
-    """Cut the longest prefix found of `lengths` (tokens per text, oldest first) into length-sorted batches.
-
-    Returns at most `max_batches` lists of indices, shortest texts first. Together they hold each index of a
-    prefix once; a batch has at most `batch_tokens` padded tokens, unless it is a single text. Not empty if
-    `lengths` is not.
-    """
-    size = len(lengths)
-    while size:
-        chunks = length_sorted_chunks(np.asarray(lengths[:size]), batch_tokens)
-        if len(chunks) <= max_batches:
-            return [chunk.tolist() for chunk in reversed(chunks)]
-        size = size * max_batches // len(chunks)  # smaller, yet at least max_batches
-    return []

@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gist_ray.serving.answers import OutputType
+
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Largest request body."""
 MAX_TEXTS = 2048
@@ -70,6 +72,13 @@ def _check_text(index: int, text: Any) -> None:
         ) from None
 
 
+def _text(value: Any) -> str:
+    """One string."""
+    if not isinstance(value, str):
+        raise PydanticCustomError("not_text", "must be a string")
+    return _texts(value)[0]
+
+
 class ApiError(Exception):
     """An answer other than 2xx. `param` is the field at fault, `code` a word for programs."""
 
@@ -90,6 +99,7 @@ def error_text(error: ApiError) -> str:
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _LIST_SCHEMA = {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1, "maxItems": MAX_TEXTS}
 Texts = Annotated[list[str], BeforeValidator(_texts), WithJsonSchema({"anyOf": [_TEXT_SCHEMA, _LIST_SCHEMA]})]
+Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(_TEXT_SCHEMA)]
 Dimensions = Annotated[StrictInt, Field(ge=1)]
 
 
@@ -107,6 +117,8 @@ class OpenAIRequest(_Request):
     """None: float. base64: little-endian float32."""
     dimensions: Dimensions | None = None
     """Keep the first so many numbers, then bring the vector back to unit length."""
+    output_dtype: OutputType | None = None
+    """Extension: numbers of fewer bits, see `gist_ray.serving.answers`. None: float."""
     user: StrictStr | None = None
     """Accepted and not used."""
     prompt_name: StrictStr | None = None
@@ -127,6 +139,48 @@ class TeiRequest(_Request):
     truncation_direction: Literal["Right", "right"] | None = None
     """Only the end of a text can be cut."""
     dimensions: Dimensions | None = None
+    output_dtype: OutputType | None = None
+    """Extension, as in `/v1/embeddings`."""
+
+
+class SimilarityInputs(_Request):
+    """One text and those to compare it with."""
+
+    source_sentence: Text
+    sentences: Annotated[list[str], BeforeValidator(_texts), WithJsonSchema(_LIST_SCHEMA)]
+
+
+class SimilarityParameters(_Request):
+    """How the texts of a similarity request are read."""
+
+    truncate: StrictBool | None = None
+    truncation_direction: Literal["Right", "right"] | None = None
+    prompt_name: StrictStr | None = None
+
+
+class SimilarityRequest(_Request):
+    """`POST /similarity`, as text-embeddings-inference."""
+
+    inputs: SimilarityInputs
+    parameters: SimilarityParameters | None = None
+
+
+class TokenizeRequest(_Request):
+    """`POST /tokenize`, as text-embeddings-inference."""
+
+    inputs: Texts
+    add_special_tokens: StrictBool = True
+    prompt_name: StrictStr | None = None
+
+
+class Piece(BaseModel):
+    """A token: its id, the text it stands for, and where that is (characters; None for a special token)."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
 
 
 class ErrorBody(BaseModel):
@@ -145,7 +199,7 @@ class ErrorResponse(BaseModel):
 
 
 class OpenAIEmbedding(BaseModel):
-    """One vector: an array of floats, or base64 of little-endian float32."""
+    """One vector: an array of numbers, or base64 of their bytes, little-endian."""
 
     object: Literal["embedding"]
     index: int

@@ -129,7 +129,9 @@ def test_rejects_are_counted_and_kept_where_no_source_looks(mined: Path):
     assert {entry.name.split("-")[0] for entry in mined.iterdir()} == {"triplets", "rejects", "manifest.json"}
 
 
-@pytest.mark.parametrize(("negatives", "workers"), [("uniform", 1), ("uniform", 4), ("hard", 1)])
+@pytest.mark.parametrize(
+    ("negatives", "workers"), [("uniform", 1), pytest.param("uniform", 4, marks=pytest.mark.slow), ("hard", 1)]
+)
 def test_the_number_of_workers_does_not_change_a_byte(
     mined: Path, hard: Path, source: Path, tiny_model: Path, tmp_path: Path, negatives: str, workers: int
 ):
@@ -184,6 +186,7 @@ def test_hard_negatives_are_the_most_similar_below_the_margin(hard: Path, labell
     assert all(manifest[key] == counts[key] for key in ("without_negative", "with_fewer_negatives"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_without_redoing_finished_parts(
     mined: Path, source: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -18,13 +18,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
-from gist_ray.serving.api import ApiSettings, create_api, cut
-from gist_ray.serving.engine import FakeEngine
+from gist_ray.serving.answers import as_type, cut
+from gist_ray.serving.api import ApiSettings, create_api
+from gist_ray.serving.fake_engine import FakeEngine
 from gist_ray.serving.scheduler import Overloaded, Scheduler
 from gist_ray.serving.schema import MAX_TEXTS
 
 OPENAI, TEI = "/v1/embeddings", "/embed"
+POSTS = [OPENAI, TEI, "/", "/similarity", "/tokenize"]
 JSON = {"content-type": "application/json"}
 
 
@@ -42,7 +45,7 @@ def serving(
         async with Scheduler(model, max_queue_tokens=max_queue_tokens) as scheduler:
             if warm:
                 await scheduler.warm_up()
-            app = create_api(model, scheduler, ApiSettings("org/demo", **options))
+            app = create_api(model, scheduler, ApiSettings(**{"model_id": "org/demo", **options}))
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 await test(client, scheduler)
@@ -165,7 +168,18 @@ def test_models_info_health_ready_docs():
         assert (await client.get("/ready")).json() == {"status": "ready"}
         assert (await client.get("/docs")).status_code == 200
         paths = (await client.get("/openapi.json")).json()["paths"]
-        assert set(paths) >= {OPENAI, TEI, "/", "/v1/models", "/info", "/health", "/ready", "/metrics"}
+        assert set(paths) >= {
+            OPENAI,
+            TEI,
+            "/",
+            "/similarity",
+            "/tokenize",
+            "/v1/models",
+            "/info",
+            "/health",
+            "/ready",
+            "/metrics",
+        }
         for route in (OPENAI, TEI, "/"):
             assert "400" in paths[route]["post"]["responses"]
             assert paths[route]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
@@ -371,30 +385,163 @@ def test_a_fault_of_the_engine_is_a_500_without_details(caplog):
 
 def test_metrics():
     async def test(client, scheduler) -> None:
+        batches = scheduler.counters.batches
         await client.post(OPENAI, json={"input": ["a b", "a b", "c"]})
         await client.post(OPENAI, json={"input": ""})
         await client.get("/secret-path")
         answer = await client.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain")
-        text = answer.text
-        sample = re.compile(r'gist_ray_[a-z_]+\{model="org/demo",replica="r1"[^}]*\} [-0-9.e+]+')
-        for line in text.splitlines():
-            assert line.startswith("# TYPE gist_ray_") or sample.fullmatch(line), line
-        samples = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-        values = {name.replace('model="org/demo",replica="r1"', ""): float(value) for name, value in samples}
-        assert values['gist_ray_requests_total{,route="/v1/embeddings",status="200"}'] == 1
-        assert values['gist_ray_requests_total{,route="/v1/embeddings",status="400"}'] == 1
-        assert values['gist_ray_requests_total{,route="other",status="404"}'] == 1
-        assert "secret-path" not in text
-        assert values["gist_ray_texts_total{}"] == 3 and values["gist_ray_tokens_total{}"] == 11
-        assert values["gist_ray_texts_deduplicated_total{}"] == 1
-        assert values["gist_ray_batch_tokens_total{}"] == 7 and values["gist_ray_padded_tokens_total{}"] == 8
-        assert values["gist_ray_padding_ratio{}"] == pytest.approx(1 / 8)
-        assert values["gist_ray_queue_tokens{}"] == 0 and values["gist_ray_ready{}"] == 1
+        assert "secret-path" not in answer.text
+        families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+
+        def value(name: str, **labels: str) -> float:
+            found = [
+                sample.value
+                for family in families.values()
+                for sample in family.samples
+                if sample.name == name and labels.items() <= sample.labels.items()
+            ]
+            assert len(found) == 1, (name, labels)
+            return found[0]
+
+        for family in families.values():
+            for sample in family.samples:
+                assert (sample.labels["model"], sample.labels["replica"]) == ("org/demo", "r1")
+        assert value("gist_ray_requests_total", route="/v1/embeddings", status="200") == 1
+        assert value("gist_ray_requests_total", route="/v1/embeddings", status="400") == 1
+        assert value("gist_ray_requests_total", route="other", status="404") == 1
+        assert value("gist_ray_request_seconds_count", route="/v1/embeddings") == 2
+        assert value("gist_ray_texts_total") == 3 and value("gist_ray_tokens_total") == 11
+        assert value("gist_ray_texts_deduplicated_total") == 1
+        assert value("gist_ray_batches_total") == batches + 1
+        assert value("gist_ray_batch_tokens_total") == 7 and value("gist_ray_padded_tokens_total") == 8
+        assert value("gist_ray_padding_ratio") == pytest.approx(1 / 8)
+        assert value("gist_ray_queue_tokens") == 0 and value("gist_ray_ready") == 1
+        assert value("gist_ray_request_texts_sum") == 3
         for phase in ("tokenize", "queue", "forward", "serialize"):
-            assert f'gist_ray_phase_seconds_total{{,phase="{phase}"}}' in values
+            assert value("gist_ray_phase_seconds_count", phase=phase) == 1
 
     serving(test, replica="r1")
+
+
+def test_where_the_time_went_stands_in_the_headers():
+    async def test(client, scheduler) -> None:
+        for route, field in ((OPENAI, "input"), (TEI, "inputs")):
+            headers = (await client.post(route, json={field: [f"a b {route}", "c"]})).headers
+            parts = {name: float(headers[f"x-{name}-time"]) for name in ("tokenization", "queue", "inference", "total")}
+            assert headers["x-prompt-tokens"] == str(5 + 3)
+            assert parts["inference"] >= 20 and parts["total"] < 5000  # the engine takes 20 ms
+            assert parts["total"] == pytest.approx(sum(parts.values()) - parts["total"], abs=5)
+
+    serving(test, engine=FakeEngine(delay_s=0.02))
+
+
+@pytest.mark.parametrize("kind", ["float", "int8", "uint8", "binary", "ubinary"])
+def test_output_types_as_numbers_base64_and_bytes(kind: str):
+    async def test(client, scheduler) -> None:
+        rows = as_type(expected("a b", "c"), kind)
+        ask = {"input": ["a b", "c"], "output_dtype": kind}
+        plain = (await client.post(OPENAI, json=ask)).json()
+        coded = (await client.post(OPENAI, json=ask | {"encoding_format": "base64"})).json()
+        tei = (await client.post(TEI, json={"inputs": ask["input"], "output_dtype": kind})).json()
+        raw = await client.post(OPENAI, json=ask, headers={"accept": "application/octet-stream"})
+        also = await client.post(
+            TEI, json={"inputs": ask["input"], "output_dtype": kind}, headers={"accept": "application/octet-stream"}
+        )
+        assert raw.headers["content-type"] == "application/octet-stream" and raw.content == also.content
+        assert raw.headers["x-embedding-shape"] == f"2,{rows.shape[1]}"
+        found = np.frombuffer(raw.content, dtype=raw.headers["x-embedding-dtype"]).reshape(rows.shape)
+        np.testing.assert_array_equal(found, rows)
+        for place, row in enumerate(rows):
+            numbers = np.array(plain["data"][place]["embedding"], dtype=rows.dtype)
+            np.testing.assert_array_equal(numbers, row)
+            np.testing.assert_array_equal(np.array(tei[place], dtype=rows.dtype), row)
+            assert base64.b64decode(coded["data"][place]["embedding"]) == row.tobytes()
+        expect_error(await client.post(OPENAI, json={"input": "a", "output_dtype": "int4"}), 422)
+
+    serving(test)
+
+
+def test_similarity_is_the_cosine_with_each_sentence():
+    async def test(client, scheduler) -> None:
+        body = {"inputs": {"source_sentence": "a b", "sentences": ["a b", "c", "d e"]}}
+        answer = await client.post("/similarity", json=body)
+        whole = expected("a b", "c", "d e")
+        np.testing.assert_allclose(answer.json(), whole @ whole[0], atol=1e-6)
+        prompted = await client.post("/similarity", json=body | {"parameters": {"prompt_name": "query"}})
+        assert prompted.status_code == 200 and prompted.json()[1] != answer.json()[1]
+        for inputs, status in (
+            ({"source_sentence": "a"}, 422),
+            ({"source_sentence": "", "sentences": ["a"]}, 400),
+            ({"source_sentence": "a", "sentences": []}, 400),
+            ({"source_sentence": ["a"], "sentences": ["a"]}, 422),
+            ("a", 422),
+        ):
+            expect_error(await client.post("/similarity", json={"inputs": inputs}), status)
+        many = {"source_sentence": "a", "sentences": ["a"] * (MAX_TEXTS + 1)}
+        expect_error(await client.post("/similarity", json={"inputs": many}), 413, "split")
+
+    serving(test)
+
+
+def test_tokens_and_the_characters_they_stand_for():
+    async def test(client, scheduler) -> None:
+        answer = (await client.post("/tokenize", json={"inputs": ["one two", "x"]})).json()
+        assert [len(pieces) for pieces in answer] == [4, 3]
+        assert [piece["special"] for piece in answer[0]] == [True, False, False, True]
+        assert (answer[0][2]["start"], answer[0][2]["stop"], answer[0][2]["text"]) == (4, 7, "two")
+        bare = (await client.post("/tokenize", json={"inputs": "one two", "add_special_tokens": False})).json()
+        assert bare == [answer[0][1:3]]
+        prompted = (await client.post("/tokenize", json={"inputs": "x", "prompt_name": "query"})).json()
+        assert [piece["text"] for piece in prompted[0]] == ["[start]", "find", "x", "[end]"]
+        expect_error(await client.post("/tokenize", json={"inputs": "x", "prompt_name": "no"}), 422, "query")
+
+    serving(test)
+
+
+def test_the_page_needs_no_key_and_nothing_from_elsewhere():
+    digest = hashlib.sha256(b"key").hexdigest()
+
+    async def test(client, scheduler) -> None:
+        answer = await client.get("/")
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert "org/demo&lt;script&gt;" in answer.text and "org/demo<script>" not in answer.text
+        assert '<option value="query">' in answer.text
+        assert "://" not in answer.text and "$" not in answer.text.replace("${", "")
+        expect_error(await client.post("/", json={"inputs": "a"}), 401)
+
+    serving(test, api_key_sha256=(digest,), model_id="org/demo<script>")
+
+
+def test_only_the_peers_named_are_answered():
+    async def test(client, scheduler) -> None:  # httpx says that it is 127.0.0.1
+        assert (await client.get("/health")).status_code == 200
+
+    async def refused(client, scheduler) -> None:
+        for path in ("/health", "/", "/v1/models"):
+            expect_error(await client.get(path), 403)
+
+    serving(test, peers=frozenset({"127.0.0.1"}))
+    serving(refused, peers=frozenset({"10.0.0.1"}))
+
+
+def test_the_access_log_has_no_texts_and_no_keys(caplog):
+    digest = hashlib.sha256(b"a-secret-key").hexdigest()
+
+    async def test(client, scheduler) -> None:
+        headers = {"authorization": "Bearer a-secret-key"}
+        await client.post(OPENAI, json={"input": "private words"}, headers=headers)
+        await client.get("/private-path?and=query", headers=headers)
+
+    with caplog.at_level("INFO", logger="gist_ray.serving.api"):
+        serving(test, api_key_sha256=(digest,), access_log=True)
+        lines = [record.getMessage() for record in caplog.records if record.name == "gist_ray.serving.api"]
+        assert len(lines) == 2 and re.fullmatch(r"POST /v1/embeddings 200 [0-9.]+ ms 4 tokens", lines[0])
+        assert re.fullmatch(r"GET other 404 [0-9.]+ ms 0 tokens", lines[1])
+        caplog.clear()
+        serving(test, api_key_sha256=(digest,))
+        assert not [record for record in caplog.records if record.name == "gist_ray.serving.api"]
 
 
 JSON_VALUES = st.recursive(
@@ -406,7 +553,7 @@ NAMES = st.sampled_from(["input", "inputs", "model", "dimensions", "encoding_for
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.dictionaries(NAMES, JSON_VALUES, max_size=4), st.sampled_from([OPENAI, TEI, "/"]))
+@given(st.dictionaries(NAMES, JSON_VALUES, max_size=4), st.sampled_from(POSTS))
 def test_no_json_makes_a_server_error(body, route):
     async def test(client, scheduler) -> None:
         answer = await client.post(route, content=json.dumps(body), headers=JSON)

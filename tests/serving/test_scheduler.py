@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gist_ray.encoder import TokenIds
-from gist_ray.serving.engine import FakeEngine, Vectors
+from gist_ray.serving.engine import Vectors
+from gist_ray.serving.fake_engine import FakeEngine
 from gist_ray.serving.scheduler import (
     Closed,
     ForwardFailed,
@@ -20,7 +21,6 @@ from gist_ray.serving.scheduler import (
     RequestTooLarge,
     Scheduler,
     TextTooLong,
-    plan_window,
 )
 
 LAW = settings(max_examples=40, deadline=None)
@@ -93,7 +93,7 @@ def test_every_text_is_answered_in_order_within_the_budget(requests, batch_token
         async with Scheduler(engine, batch_tokens=batch_tokens, window_batches=window_batches) as scheduler:
             answers = await asyncio.gather(*(scheduler.embed(texts) for texts in asked))
             batches = list(engine.batches)
-            assert scheduler.queued_tokens == 0 and not scheduler._in_flight and not scheduler._queue
+            assert scheduler.queued_tokens == 0 and not scheduler._in_flight and not scheduler._lanes
         for texts, answer in zip(asked, answers, strict=True):
             assert answer.vectors.shape == (len(texts), engine.dim)
             assert answer.num_tokens == sum(len(text.split()) + 2 for text in texts)
@@ -102,49 +102,6 @@ def test_every_text_is_answered_in_order_within_the_budget(requests, batch_token
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= batch_tokens
             assert len(set(batch)) == len(batch)
-
-    asyncio.run(run())
-
-
-@LAW
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(4, 128), st.integers(1, 6))
-def test_a_window_is_a_prefix_of_the_queue(lengths, batch_tokens, max_batches):
-    batches = plan_window(lengths, batch_tokens, max_batches)
-    assert 1 <= len(batches) <= max_batches
-    taken = sorted(index for batch in batches for index in batch)
-    assert taken == list(range(len(taken)))
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= batch_tokens for b in batches)
-    longest = [max(lengths[i] for i in batch) for batch in batches]
-    assert longest == sorted(longest)
-    # Nothing is left behind for no reason: the whole queue is taken if it fits.
-    if len(taken) < len(lengths):
-        assert len(plan_window(lengths, batch_tokens, len(lengths))) > max_batches
-
-
-@LAW
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=40),
-    st.lists(st.integers(1, 30), max_size=40),
-    st.integers(8, 64),
-    st.integers(1, 4),
-)
-def test_no_text_is_overtaken_by_more_than_the_bound(first, later, batch_tokens, window_batches):
-    """Overtaken: a batch without the text, holding a younger one, runs before the text's own batch."""
-
-    async def run() -> None:
-        engine = Recorder()
-        texts = [words(count, tag) for tag, count in enumerate([*first, *later])]
-        async with Scheduler(engine, batch_tokens=batch_tokens, window_batches=window_batches) as scheduler:
-            occupied = await busy(scheduler, engine)
-            tasks = await queued(scheduler, texts[: len(first)], *([texts[len(first) :]] if later else []))
-            engine.gate.set()
-            await asyncio.gather(occupied, *tasks)
-        age = {engine.ids(text): position for position, text in enumerate(texts)}
-        batches = [[age[ids] for ids in batch] for batch in engine.batches[1:]]
-        for position, batch in enumerate(batches):
-            for text in batch:
-                overtaken = sum(max(earlier) > text for earlier in batches[:position])
-                assert overtaken <= window_batches - 1
 
     asyncio.run(run())
 
@@ -180,6 +137,46 @@ def test_equal_texts_in_flight_are_computed_once():
             engine.ids(text) for text in ("occupied", "a", "b")
         )
         np.testing.assert_array_equal(answers[2].vectors, alone(engine, ["a", "occupied"]))
+
+    asyncio.run(run())
+
+
+def test_a_text_asked_for_again_is_answered_from_the_cache_bit_for_bit():
+    async def run() -> None:
+        engine = Recorder()
+        async with Scheduler(engine, cache_bytes=10_000) as scheduler:
+            first = await scheduler.embed(["a", "b"])
+            again = await scheduler.embed(["b", "c", "a"])
+            assert scheduler.counters.texts_cached == 2 and scheduler.counters.texts_deduplicated == 0
+            assert engine.batches[1:] == [[engine.ids("c")]]
+            np.testing.assert_array_equal(again.vectors[[2, 0]], first.vectors)
+            assert again.num_tokens == 9  # what was known counts as well
+            again.vectors[:] = 0  # the caller's own
+            known = await scheduler.embed(["a", "b"])
+            np.testing.assert_array_equal(known.vectors, first.vectors)
+            assert len(engine.batches) == 2
+            # A full queue takes what needs no place in it.
+            occupied = await busy(scheduler, engine)
+            scheduler.max_queue_tokens = 3
+            (waiting,) = await queued(scheduler, ["d"])
+            with pytest.raises(Overloaded):
+                await scheduler.embed(["e"])
+            engine.gate.set()
+            await asyncio.gather(occupied, waiting)
+
+    asyncio.run(run())
+
+
+def test_a_query_does_not_wait_for_a_bulk_request():
+    async def run() -> None:
+        engine = Recorder()
+        async with Scheduler(engine, batch_tokens=64) as scheduler:
+            occupied = await busy(scheduler, engine)
+            bulk = [words(30, tag) for tag in range(40)]
+            tasks = await queued(scheduler, bulk, ["query"], ["another"])
+            engine.gate.set()
+            await asyncio.gather(occupied, *tasks)
+        assert [engine.ids("query"), engine.ids("another")] in engine.batches[1:3]  # at most one batch before
 
     asyncio.run(run())
 

@@ -99,6 +99,7 @@ def test_the_same_workers_go_on_bit_for_bit(recipe: Recipe, saved):
         assert all(torch.equal(found[name], expected[name]) for name in expected), stage
 
 
+@pytest.mark.slow
 def test_other_workers_and_another_stage_go_on_to_rounding(recipe: Recipe, tmp_path: Path):
     """2 -> 1 -> 3 workers, from any stage to any other. Dropout differs between workers, so without it."""
     quiet = with_train(recipe, dropout=0.0)

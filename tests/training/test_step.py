@@ -158,6 +158,7 @@ def test_fewer_rows_than_workers(recipe: Recipe):
     np.testing.assert_allclose(over_workers(three)[2], over_workers(one)[2], atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_real_model_in_fp32_and_a_live_guide(real_recipe: Recipe):
     (real_recipe.run_dir() / "guide.json").write_text(json.dumps(real_recipe.guide.path))
     cases = [{"dtype": torch.float32, **case} for case in ({}, {"memory": NOTHING}, {"guide": live_guide})]

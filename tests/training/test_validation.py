@@ -297,6 +297,7 @@ def write_checkpoint(encoder: Encoder, folder: Path, step: int) -> None:
     Snapshot(weights, {"step": step, "adam_step": step}, part=0, parts=1).write(folder)
 
 
+@pytest.mark.slow
 def test_ray_train_finds_the_best_checkpoint(recipe: Recipe, shards: Shards, minilm: Path, tmp_path: Path):
     """The second of four checkpoints is the best, the third cannot be scored, only one is kept."""
     from ray.train import CheckpointConfig, RunConfig, ScalingConfig

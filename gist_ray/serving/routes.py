@@ -1,0 +1,183 @@
+"""Routes: the endpoints of the HTTP contract, over one engine and scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from gist_ray.serving import schema
+from gist_ray.serving.answers import OutputType, Rows, as_type, base64_rows, cut, json_rows
+from gist_ray.serving.body import parsed
+from gist_ray.serving.engine import Engine
+from gist_ray.serving.measures import Measures
+from gist_ray.serving.page import CONTENT_POLICY, page
+from gist_ray.serving.scheduler import Embeddings, Scheduler
+from gist_ray.serving.schema import ApiError
+
+ROWS_PER_TURN = 256
+"""Vectors written as JSON before other requests get a turn: about 5 ms of them."""
+BYTES = "application/octet-stream"
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The endpoints."""
+
+    engine: Engine
+    scheduler: Scheduler
+    measures: Measures
+    model_id: str
+    max_body_bytes: int
+    created: int
+
+    async def openai_embeddings(self, request: Request) -> Response:
+        """Embed texts, as OpenAI."""
+        asked = await parsed(request, schema.OpenAIRequest, self.max_body_bytes)
+        if asked.model not in (None, self.model_id):
+            raise ApiError(
+                404,
+                f"the model is not served here; the one served is `{self.model_id}`",
+                param="model",
+                code="model_not_found",
+            )
+        found = await self._embed(asked.input, asked.prompt_name, asked.truncate, asked.dimensions, unit=True)
+        if _wants_bytes(request):
+            return self._bytes(found, asked.output_dtype)
+        started = time.perf_counter()
+        written = base64_rows if asked.encoding_format == "base64" else json_rows
+        rows = await _in_turns(as_type(found.vectors, asked.output_dtype or "float"), written)
+        data = b",".join(
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, row) for index, row in enumerate(rows)
+        )
+        usage = {"prompt_tokens": found.num_tokens, "total_tokens": found.num_tokens}
+        tail = orjson.dumps({"model": self.model_id, "usage": usage})[1:]
+        return self._answer(b'{"object":"list","data":[%b],%b' % (data, tail), found, started)
+
+    async def tei_embed(self, request: Request) -> Response:
+        """Embed texts, as text-embeddings-inference: a list of vectors, also for a single text."""
+        asked = await parsed(request, schema.TeiRequest, self.max_body_bytes)
+        truncate, unit = asked.truncate is not False, asked.normalize is not False
+        found = await self._embed(asked.inputs, asked.prompt_name, truncate, asked.dimensions, unit=unit)
+        if _wants_bytes(request):
+            return self._bytes(found, asked.output_dtype)
+        started = time.perf_counter()
+        rows = await _in_turns(as_type(found.vectors, asked.output_dtype or "float"), json_rows)
+        return self._answer(b"[%b]" % b",".join(rows), found, started)
+
+    async def similarity(self, request: Request) -> Response:
+        """Cosine of one text with others, as text-embeddings-inference."""
+        asked = await parsed(request, schema.SimilarityRequest, self.max_body_bytes)
+        texts = [asked.inputs.source_sentence, *asked.inputs.sentences]
+        options = asked.parameters or schema.SimilarityParameters()
+        found = await self._embed(texts, options.prompt_name, options.truncate is not False, None, unit=True)
+        started = time.perf_counter()
+        source, others = found.vectors[0], found.vectors[1:]
+        cosines = (others @ source).clip(-1, 1)
+        return self._answer(orjson.dumps(cosines, option=orjson.OPT_SERIALIZE_NUMPY), found, started)
+
+    async def tokenize(self, request: Request) -> Response:
+        """Tokens of texts, as text-embeddings-inference."""
+        asked = await parsed(request, schema.TokenizeRequest, self.max_body_bytes)
+        prompt = self._prompt(asked.prompt_name)
+        found = await self.scheduler.pieces(asked.inputs, prompt=prompt, special=asked.add_special_tokens)
+        return Response(orjson.dumps(found), media_type="application/json")
+
+    async def models(self) -> schema.ModelList:
+        """The one served model."""
+        card = schema.ModelCard(id=self.model_id, object="model", created=self.created, owned_by="gist-ray")
+        return schema.ModelList(object="list", data=[card])
+
+    async def info(self) -> schema.Info:
+        """What is served and its limits."""
+        return schema.Info(
+            model_id=self.model_id,
+            model_dtype=self.engine.precision,
+            max_input_length=self.engine.max_tokens,
+            max_batch_tokens=self.scheduler.batch_tokens,
+            max_client_batch_size=schema.MAX_TEXTS,
+            auto_truncate=True,
+            version=version("gist-ray"),
+            dim=self.engine.dim,
+            prompts=sorted(self.engine.prompts),
+        )
+
+    async def health(self) -> dict[str, str]:
+        """Live: the process answers."""
+        return {"status": "ok"}
+
+    async def ready(self) -> dict[str, str]:
+        """Ready: the model is warm and requests are taken."""
+        if not self.scheduler.ready:
+            raise ApiError(503, "the model is not ready yet", code="not_ready")
+        return {"status": "ready"}
+
+    async def metrics(self) -> Response:
+        """Prometheus text."""
+        return Response(self.measures.text(), media_type="text/plain; version=0.0.4")
+
+    async def home(self) -> HTMLResponse:
+        """A page to try the model on: similarities of texts, and timings."""
+        headers = {"content-security-policy": CONTENT_POLICY}
+        return HTMLResponse(page(self.model_id, sorted(self.engine.prompts)), headers=headers)
+
+    async def _embed(
+        self, texts: list[str], prompt_name: str | None, truncate: bool, dimensions: int | None, *, unit: bool
+    ) -> Embeddings:
+        prompt = self._prompt(prompt_name)
+        if dimensions is not None and dimensions > self.engine.dim:
+            raise ApiError(422, f"`dimensions` is above the model's {self.engine.dim}", param="dimensions")
+        found = await self.scheduler.embed(texts, prompt=prompt, truncate=truncate)
+        if dimensions is None:
+            return found
+        return replace(found, vectors=cut(found.vectors, dimensions, unit=unit))
+
+    def _prompt(self, name: str | None) -> str:
+        if name is None:
+            return ""
+        if name not in self.engine.prompts:
+            known = ", ".join(sorted(self.engine.prompts)) or "none"
+            raise ApiError(422, f"`prompt_name` is no prompt of this model; it has: {known}", param="prompt_name")
+        return self.engine.prompts[name]
+
+    def _bytes(self, found: Embeddings, kind: OutputType | None) -> Response:
+        """The rows' bytes one after the other, and their shape and type in headers."""
+        started = time.perf_counter()
+        rows = as_type(found.vectors, kind or "float")
+        answer = self._answer(rows.tobytes(), found, started, BYTES)
+        answer.headers["x-embedding-shape"] = ",".join(map(str, rows.shape))
+        answer.headers["x-embedding-dtype"] = rows.dtype.name
+        return answer
+
+    def _answer(self, body: bytes, found: Embeddings, started: float, kind: str = "application/json") -> Response:
+        """An answer with its times in milliseconds, under the names of text-embeddings-inference."""
+        serialize_s = time.perf_counter() - started
+        self.measures.embedded(found, serialize_s)
+        total_s = found.tokenize_s + found.queue_s + found.forward_s + serialize_s
+        headers = {
+            "x-prompt-tokens": str(found.num_tokens),
+            "x-tokenization-time": f"{1e3 * found.tokenize_s:.2f}",
+            "x-queue-time": f"{1e3 * found.queue_s:.2f}",
+            "x-inference-time": f"{1e3 * found.forward_s:.2f}",
+            "x-total-time": f"{1e3 * total_s:.2f}",
+        }
+        return Response(body, media_type=kind, headers=headers)
+
+
+def _wants_bytes(request: Request) -> bool:
+    return BYTES in request.headers.get("accept", "")
+
+
+async def _in_turns(rows: Rows, written: Callable[[Rows], list[bytes]]) -> list[bytes]:
+    found: list[bytes] = []
+    for start in range(0, len(rows), ROWS_PER_TURN):
+        if start:
+            await asyncio.sleep(0)
+        found += written(rows[start : start + ROWS_PER_TURN])
+    return found

@@ -1,0 +1,79 @@
+"""The torch engine: the encoder itself, in fp32 on a CPU, also in bf16 or fp16 on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gist_ray.encoder import Encoder, TokenIds
+from gist_ray.errors import InputError
+from gist_ray.serving.engine import Precision, Vectors
+from gist_ray.serving.pieces import Piece, token_pieces
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchEngine:
+    """An encoder on torch."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, precision: Precision = "fp32", threads: int = 1, device: str = "cpu"
+    ) -> TorchEngine:
+        """Load a model folder and set the torch threads of this process.
+
+        Raises:
+            InputError: as `Encoder.load`, or a precision that this device does not compute in.
+        """
+        if precision not in _TYPES or (device == "cpu" and precision != "fp32"):
+            remedy = "use the openvino backend" if precision == "int8" else "take fp32 or int8, or serve on a GPU"
+            raise InputError(f"the torch backend does not compute in {precision} on {device}; {remedy}")
+        torch.set_num_threads(threads)
+        encoder = Encoder.load(path, device=device)
+        encoder.model.to(_TYPES[precision])
+        return cls(encoder)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.encoder.dim
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest text the model reads, special tokens included."""
+        return self.encoder.max_tokens
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """Prompt name to the text that is put before the input."""
+        return self.encoder.prompts
+
+    @property
+    def precision(self) -> str:
+        """Type of the weights."""
+        return str(self.encoder.model.dtype).removeprefix("torch.")
+
+    def tokenize(self, texts: Sequence[str], *, prompt: str = "", truncate: bool = True) -> list[TokenIds]:
+        """As `Encoder.tokenize`."""
+        return self.encoder.tokenize(texts, prompt=prompt, truncate=truncate)
+
+    def pieces(self, texts: Sequence[str], *, prompt: str = "", special: bool = True) -> list[list[Piece]]:
+        """As `token_pieces` of the encoder's tokenizer."""
+        return token_pieces(self.encoder, texts, prompt=prompt, special=special)
+
+    def forward(self, tokens: Sequence[TokenIds]) -> Tensor:
+        """Vectors `[n, dim]` where the model is, in one forward: the scheduler has already chosen the batch."""
+        whole = len(tokens) * max((len(row) for row in tokens), default=0)
+        with torch.inference_mode():
+            return self.encoder.embed(tokens, batch_tokens=whole).float()
+
+    def finish(self, result: Tensor) -> Vectors:
+        """Float32 `[n, dim]` in main memory."""
+        vectors: Vectors = result.cpu().numpy()
+        return vectors

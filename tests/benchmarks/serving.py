@@ -1,0 +1,284 @@
+"""The endpoint beside its own engine, sentence-transformers offline and a stock Ray Serve app.
+
+    python tests/benchmarks/serving.py [--quick] --json OUT [--only ceiling offline stock single repeats overload ...]
+
+Full: about 20 minutes on two cores. The client shares the machine with the server. Needs the shared data folder beside
+the project and the dev extra. One replica; caches are off but where repeats are the subject.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from data import SHARED, minilm
+from figures import Figure, interleaved, main, median_figure, ratios
+from serving_servers import Server, our_server, stock_server
+from training_processes import Group
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "serve"))
+from loadtest import Load, Target, batched, closed_loop, open_loop
+
+from gist_ray.encoder import length_sorted_chunks
+from gist_ray.serving.engine import load_engine
+from gist_ray.serving.tuning import tuned_batch_tokens
+
+BACKENDS = ("torch", "openvino")
+
+
+def short_texts(count: int) -> list[str]:
+    """e-SNLI sentences of 10 to 14 words, all different."""
+    table = pq.read_table(SHARED / "train" / "esnli.parquet", columns=["query", "pos"])
+    texts = dict.fromkeys(text for column in table.columns for text in column.to_pylist())
+    return [text for text in texts if 10 <= len(text.split()) <= 14][:count]
+
+
+def mixed_texts(count: int) -> list[str]:
+    """SciFact abstracts and queries in turn, as one meets them: long and short, all different."""
+    import gzip
+    import json
+
+    def lines(name: str) -> list[dict[str, str]]:
+        with gzip.open(SHARED / "eval" / "SciFact" / name, "rt") as file:
+            return [json.loads(line) for line in file]
+
+    abstracts = [row["text"] for row in lines("corpus.jsonl.gz")]
+    queries = short_texts(len(abstracts))
+    return [text for pair in zip(abstracts, queries, strict=False) for text in pair][:count]
+
+
+class Ceiling:
+    """The engine alone: forwards of length-sorted batches of the size it tunes itself to, token ids at hand."""
+
+    def __init__(self, rank: int, size: int, model: str, backend: str, precision: str, texts: list[str]) -> None:
+        self._engine = load_engine(model, backend=backend, precision=precision, threads=1)  # type: ignore[arg-type]
+        self._tokens = self._engine.tokenize(texts)
+        longest = max(self._tokens, key=len)
+
+        def seconds(rows: int, length: int) -> float:
+            started = time.perf_counter()
+            self._engine.finish(self._engine.forward([longest[:length]] * rows))
+            return time.perf_counter() - started
+
+        budget = tuned_batch_tokens(seconds, [min(length, len(longest)) for length in (16, 64)])
+        print(f"  {backend} {precision}: batches of {budget} tokens", file=sys.stderr)
+        chunks = length_sorted_chunks(np.array([len(row) for row in self._tokens]), budget)
+        self._batches = [[self._tokens[i] for i in chunk] for chunk in chunks]
+
+    def __call__(self) -> float:
+        """Texts a second, all of them once."""
+        started = time.perf_counter()
+        for batch in self._batches:
+            self._engine.finish(self._engine.forward(batch))
+        return len(self._tokens) / (time.perf_counter() - started)
+
+
+def served(server: Server, texts: Sequence[str], per_request: int, concurrency: int, seconds: float) -> Load:
+    """A closed loop; the CPU seconds it took are put on stderr."""
+    target = Target(f"{server.url}/v1/embeddings")
+    before = server.cpu_s()
+    load = closed_loop(target, batched(texts, per_request), concurrency, seconds=seconds, warm_s=1.0)
+    cpu_s = (server.cpu_s() - before) * seconds / (seconds + 1.0)
+    statuses = load.statuses()
+    assert set(statuses) == {200}, statuses
+    print(
+        f"  {concurrency} x {per_request}: {load.texts_per_s:.0f} texts/s, p50 {load.latency_ms(50):.1f} ms, "
+        f"{1000 * cpu_s / load.texts:.2f} CPU-s per 1,000 texts",
+        file=sys.stderr,
+    )
+    return load
+
+
+def ceiling_figures(quick: bool) -> list[Figure]:
+    """Texts a second over HTTP by those of the engine alone; one compute thread each."""
+    seconds, repeats, count = (3.0, 1, 500) if quick else (10.0, 3, 4000)
+    figures = []
+    for backend in BACKENDS:
+        texts = short_texts(count)
+        with (
+            Group(Ceiling, str(minilm()), backend, "fp32", texts, threads=1) as alone,
+            our_server(minilm(), backend=backend) as server,
+        ):
+            alone.turn()
+            cases: dict[str, Callable[[], float]] = {
+                "alone": lambda alone=alone: alone.turn()[0],  # type: ignore[misc]
+                "many": lambda server=server, texts=texts: served(server, texts, 32, 8, seconds).texts_per_s,  # type: ignore[misc]
+                "one": lambda server=server, texts=texts: served(server, texts, 1, 64, seconds).texts_per_s,  # type: ignore[misc]
+            }
+            runs = interleaved(repeats, **cases)
+        name = f"short texts, {backend} fp32, one thread"
+        figures += [
+            median_figure(f"{name}: engine alone", runs["alone"], "texts/s"),
+            median_figure(f"{name}: served, 8 x 32", runs["many"], "texts/s"),
+            median_figure(f"{name}: served, 64 x 1", runs["one"], "texts/s"),
+            median_figure(f"{name}: 8 x 32 / alone", ratios(runs["many"], runs["alone"]), "x", ">= 0.90"),
+            median_figure(f"{name}: 64 x 1 / alone", ratios(runs["one"], runs["alone"]), "x", ">= 0.80"),
+        ]
+    return figures
+
+
+def single_figures(quick: bool) -> list[Figure]:
+    """Added latency over the raw forward, one request at a time."""
+    seconds, count = (3.0, 300) if quick else (10.0, 1000)
+    texts, figures = short_texts(count), []
+    for backend in BACKENDS:
+        forward_ms = raw_latency_ms(backend, texts[:200])
+        with our_server(minilm(), backend=backend) as server:
+            load = served(server, texts, 1, 1, seconds)
+        name = f"one short text at a time, {backend} fp32"
+        figures += [
+            Figure(f"{name}: raw forward, p50", forward_ms, "ms"),
+            Figure(f"{name}: over HTTP, p50", load.latency_ms(50), "ms"),
+            Figure(f"{name}: added", load.latency_ms(50) - forward_ms, "ms", "<= 3"),
+        ]
+    return figures
+
+
+def raw_latency_ms(backend: str, texts: list[str]) -> float:
+    with Group(OneByOne, str(minilm()), backend, texts, threads=1) as group:
+        return float(group.turn()[0])
+
+
+class OneByOne:
+    """The engine alone, a text at a time."""
+
+    def __init__(self, rank: int, size: int, model: str, backend: str, texts: list[str]) -> None:
+        self._engine = load_engine(model, backend=backend, threads=1)  # type: ignore[arg-type]
+        self._tokens = self._engine.tokenize(texts)
+
+    def __call__(self) -> float:
+        times = []
+        for row in self._tokens * 2:
+            started = time.perf_counter()
+            self._engine.finish(self._engine.forward([row]))
+            times.append(1000 * (time.perf_counter() - started))
+        return statistics.median(times[len(self._tokens) :])
+
+
+class Offline:
+    """`SentenceTransformer.encode`, batch 32, both cores."""
+
+    def __init__(self, rank: int, size: int, model: str, texts: list[str]) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self._model, self._texts = SentenceTransformer(model, device="cpu"), texts
+
+    def __call__(self) -> float:
+        started = time.perf_counter()
+        self._model.encode(self._texts, batch_size=32, show_progress_bar=False)
+        return len(self._texts) / (time.perf_counter() - started)
+
+
+def offline_figures(quick: bool) -> list[Figure]:
+    """Over HTTP, 32 texts a request, by sentence-transformers in process; both have both cores."""
+    seconds, repeats, count = (3.0, 1, 300) if quick else (10.0, 3, 1500)
+    figures = []
+    for name, texts in (("short", short_texts(count)), ("mixed", mixed_texts(count))):
+        with (
+            Group(Offline, str(minilm()), texts, threads=2) as offline,
+            our_server(minilm(), threads=2) as server,
+        ):
+            offline.turn()
+            runs = interleaved(
+                repeats,
+                offline=lambda offline=offline: offline.turn()[0],  # type: ignore[misc]
+                ours=lambda server=server, texts=texts: served(server, texts, 32, 4, seconds).texts_per_s,  # type: ignore[misc]
+            )
+        where = f"{name} texts, fp32, both cores"
+        figures += [
+            median_figure(f"{where}: SentenceTransformer.encode", runs["offline"], "texts/s"),
+            median_figure(f"{where}: ours over HTTP, 4 x 32", runs["ours"], "texts/s"),
+            median_figure(f"{where}: ours / encode", ratios(runs["ours"], runs["offline"]), "x", ">= 1.1"),
+        ]
+    return figures
+
+
+def stock_figures(quick: bool) -> list[Figure]:
+    """Requests a second of one short text, and the tail at 80 % of our peak, beside the stock app."""
+    seconds, repeats = (3.0, 1) if quick else (10.0, 3)
+    texts = short_texts(4000)
+    with our_server(minilm(), backend="torch") as ours, stock_server(minilm()) as stock:
+        runs = interleaved(
+            repeats,
+            ours=lambda: served(ours, texts, 1, 64, seconds).requests_per_s,
+            stock=lambda: served(stock, texts, 1, 64, seconds).requests_per_s,
+        )
+        rate = 0.8 * statistics.median(runs["ours"])
+        tails = {
+            name: open_loop(Target(f"{server.url}/v1/embeddings"), batched(texts, 1), rate, seconds=seconds)
+            for name, server in (("ours", ours), ("stock", stock))
+        }
+    name = "one short text a request, torch fp32"
+    p99 = {who: load.latency_ms(99) for who, load in tails.items()}
+    return [
+        median_figure(f"{name}: ours, 64 clients", runs["ours"], "req/s"),
+        median_figure(f"{name}: stock, 64 clients", runs["stock"], "req/s"),
+        median_figure(f"{name}: ours / stock", ratios(runs["ours"], runs["stock"]), "x", ">= 2"),
+        Figure(f"{name}: ours, p99 at {rate:.0f} req/s", p99["ours"], "ms"),
+        Figure(f"{name}: stock, p99 at {rate:.0f} req/s", p99["stock"], "ms"),
+        Figure(f"{name}: p99, ours / stock", p99["ours"] / p99["stock"], "x", "<= 0.25"),
+    ]
+
+
+def repeats_figures(quick: bool) -> list[Figure]:
+    """Half of the texts asked for before, with and without the cache."""
+    seconds, repeats = (3.0, 1) if quick else (10.0, 3)
+    fresh = short_texts(40_000)
+    halves = [text for i in range(0, len(fresh), 16) for text in (*fresh[i : i + 16], *fresh[max(0, i - 16) : i])]
+    with (
+        our_server(minilm(), backend="torch") as without,
+        our_server(minilm(), backend="torch", cache_mb=64) as server,
+    ):
+        runs = interleaved(
+            repeats,
+            fresh=lambda: served(without, fresh, 32, 8, seconds).texts_per_s,
+            halves=lambda: served(server, halves[int(time.time()) % 1000 * 32 :], 32, 8, seconds).texts_per_s,
+        )
+    name = "half of the texts repeated, 8 x 32, torch fp32"
+    return [
+        median_figure(f"{name}: all different, no cache", runs["fresh"], "texts/s"),
+        median_figure(f"{name}: half repeated, cache", runs["halves"], "texts/s"),
+        median_figure(f"{name}: gain", ratios(runs["halves"], runs["fresh"]), "x", ">= 1.8"),
+    ]
+
+
+def overload_figures(quick: bool) -> list[Figure]:
+    """Three times as many requests as the server can answer."""
+    seconds = 5.0 if quick else 60.0
+    texts = short_texts(40_000)
+    with our_server(minilm(), backend="torch", max_queue_tokens=4000) as server:
+        target = Target(f"{server.url}/v1/embeddings")
+        peak = served(server, texts, 8, 16, min(seconds, 15.0)).texts_per_s
+        before = server.memory_mb()
+        load = open_loop(target, batched(texts, 8), 3 * peak / 8, seconds=seconds)
+        after = server.memory_mb()
+    statuses = load.statuses()
+    others = sum(count for status, count in statuses.items() if status not in (200, 429))
+    name = "overload, 3 x capacity, 8 texts a request"
+    return [
+        Figure(f"{name}: peak", peak, "texts/s"),
+        Figure(f"{name}: goodput / peak", load.texts_per_s / peak, "x", ">= 0.95"),
+        Figure(f"{name}: answers 429", statuses[429], ""),
+        Figure(f"{name}: p99 of 429", load.latency_ms(99, status=429), "ms", "<= 100"),
+        Figure(f"{name}: other answers", others, "", "== 0"),
+        Figure(f"{name}: memory after / before", after / before, "x", "<= 1.1"),
+    ]
+
+
+if __name__ == "__main__":
+    main(
+        "serving",
+        {
+            "ceiling": ceiling_figures,
+            "single": single_figures,
+            "offline": offline_figures,
+            "stock": stock_figures,
+            "repeats": repeats_figures,
+            "overload": overload_figures,
+        },
+    )

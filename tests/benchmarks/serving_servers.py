@@ -1,0 +1,84 @@
+"""Servers of the serving benchmark: ours and a stock Ray Serve app, each in a process of its own, with its CPU time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_OURS = """
+import sys
+from gist_ray.config import ClusterConfig, ServingConfig
+from gist_ray.serving.app import serve
+serve(sys.argv[1], ServingConfig.model_validate_json(sys.argv[2]), ClusterConfig(data_workers=1),
+      lambda endpoint: print(endpoint.url, flush=True), model_id="model")
+"""
+READY_S = 180
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    url: str
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the server and everything below it, so far."""
+        total = 0.0
+        for process in [self.process, *self.process.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+                total += times.user + times.system
+            except psutil.NoSuchProcess:
+                continue
+        return total
+
+    def memory_mb(self) -> float:
+        """Resident memory of the largest process below the server: the replica."""
+        return max(p.memory_info().rss for p in self.process.children(recursive=True)) / 1e6
+
+
+@contextmanager
+def our_server(model: str | Path, **settings: object) -> Iterator[Server]:
+    """`gist-ray serve` with these serving settings, on a free port, without cache unless asked for."""
+    import json
+
+    config = json.dumps({"port": 0, "cache_mb": 0, **settings})
+    with running([sys.executable, "-c", _OURS, str(model), config]) as server:
+        yield server
+
+
+@contextmanager
+def stock_server(model: str | Path) -> Iterator[Server]:
+    """The same model behind stock `@serve.batch`, FastAPI and the default proxy."""
+    script = Path(__file__).with_name("serving_stock.py")
+    with running([sys.executable, str(script), str(model)]) as server:
+        yield server
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[Server]:
+    """A server that prints its URL when it answers; ended by SIGTERM."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    try:
+        assert process.stdout
+        url = process.stdout.readline().strip()
+        if not url.startswith("http"):
+            raise RuntimeError(f"{command[:3]} did not start: {url!r}")
+        time.sleep(1)  # what starts beside it settles
+        yield Server(url, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -1,0 +1,87 @@
+"""The load test that users get, against a real server in another process, without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gist_ray.cluster import free_port
+
+LOADTEST = Path(__file__).parents[2] / "serve" / "loadtest.py"
+SERVER = """
+import asyncio, sys, uvicorn
+from gist_ray.serving.api import ApiSettings, create_api
+from gist_ray.serving.fake_engine import FakeEngine
+from gist_ray.serving.scheduler import Scheduler
+
+async def main():
+    engine = FakeEngine(delay_s=0.02)
+    async with Scheduler(engine, batch_tokens=512, max_queue_tokens=2000) as scheduler:
+        await scheduler.warm_up()
+        app = create_api(engine, scheduler, ApiSettings("fake", (sys.argv[2],)))
+        await uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[1]), log_level="warning")).serve()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    port = free_port()
+    digest = hashlib.sha256(b"key").hexdigest()
+    process = subprocess.Popen([sys.executable, "-c", SERVER, str(port), digest])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{address}/ready", trust_env=False).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def measured(url: str, *options: str, key: str = "key") -> tuple[int, dict]:
+    command = [sys.executable, str(LOADTEST), url, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PATH": "", "API_KEY": key})
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_closed_loop_counts_what_was_answered(url: str, tmp_path: Path):
+    page = tmp_path / "load.html"
+    code, found = measured(url, "--seconds", "2", "--concurrency", "8", "--per-request", "4", "--html", str(page))
+    assert code == 0 and set(found["answers"]) == {"200"}
+    count = found["answers"]["200"]
+    assert found["texts_per_s"] == pytest.approx(4 * count / found["seconds"], rel=0.01)
+    assert found["requests_per_s"] == pytest.approx(count / found["seconds"], rel=0.01)
+    # Eight clients wait for answers of 20 ms at least.
+    assert 20 <= found["latency_ms"]["p50"] <= found["latency_ms"]["p99"]
+    assert count <= 8 * 2 / 0.02
+    text = page.read_text()
+    assert text.count("<circle") == count and "http" not in text
+
+
+def test_an_open_loop_sends_on_time_and_shows_what_is_shed(url: str):
+    code, found = measured(url, "--seconds", "3", "--rate", "20")
+    assert code == 0 and set(found["answers"]) == {"200"}
+    assert 30 <= found["answers"]["200"] <= 95  # 60 on average
+    code, found = measured(url, "--seconds", "3", "--rate", "150", "--per-request", "40")
+    assert code == 0 and set(found["answers"]) == {"200", "429"}
+    assert 300 <= sum(found["answers"].values()) <= 600
+
+
+def test_a_wrong_key_is_a_failure(url: str):
+    code, found = measured(url, "--seconds", "0.5", "--concurrency", "2", key="wrong")
+    assert code == 1 and set(found["answers"]) == {"401"}
