@@ -64,8 +64,8 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
 def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
     import ray
 
-    # Unix sockets allow 107 characters: a deep TMPDIR would not fit Ray's session path.
-    folder = tempfile.mkdtemp(prefix="gist-ray-", dir=None if len(tempfile.gettempdir()) < 30 else "/tmp")
+    # Unix sockets allow 107 characters, HAProxy 97: in a deeper TMPDIR the names of theirs would not fit.
+    folder = tempfile.mkdtemp(prefix="gist-ray-", dir=None if len(tempfile.gettempdir()) < 8 else "/tmp")
     own_token = own_token and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if own_token:
         # It stays for the life of this process: Ray caches it, so a second Ray here must have the same.

