@@ -120,18 +120,18 @@ class Planner:
         return _order(window, length | generator.integers(256, size=total, dtype=np.uint16))
 
 
-def worker_rows(batch: Rows, query_lengths: Rows, rank: int, world_size: int) -> Rows:
-    """The rows of a global batch that one worker computes.
+def worker_texts(texts: Rows, lengths: Rows, rank: int, world_size: int) -> Rows:
+    """The texts of a global batch that one worker embeds, of distinct `texts [n]` with `lengths [n]` tokens.
 
-    Rows are dealt longest first, back and forth, so that workers get equal counts (to one) and nearly equal tokens.
-    `query_lengths [batch]` weighs each row, for instance by its tokens.
+    They are dealt longest first, back and forth: workers get equal counts (to one), nearly equal tokens, and as good as
+    equal lengths, so that their chunks have the little padding that those of one worker would have.
     """
-    order = np.argsort(-query_lengths, kind="stable")
-    position = np.arange(len(batch))
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    position = np.arange(len(texts))
     turn, place = position // world_size, position % world_size
     dealt_to = np.where(turn % 2 == 0, place, world_size - 1 - place)
-    rows: Rows = batch[np.sort(order[dealt_to == rank])]
-    return rows
+    own: Rows = texts[np.sort(order[dealt_to == rank])]
+    return own
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gist_ray.config import Recipe
-from gist_ray.data.plan import worker_rows
-from gist_ray.data.shards import Shards, Triplets
+from gist_ray.data.plan import worker_texts
+from gist_ray.data.shards import Shards
 from gist_ray.encoder import BATCH_TOKENS, SIMILAR_LENGTH, Encoder, length_sorted_chunks
 
 Ids = npt.NDArray[np.int64]
@@ -34,10 +34,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class WorkerBatch:
-    """One worker's part of a global batch.
+    """One worker's part of a global batch: texts that it embeds, and rows whose losses it computes.
 
-    `texts` are those of all workers, worker after worker, in the order in which their chunks hold them: the order in
-    which vectors are gathered. Which worker holds which text follows from the plan, so only vectors travel.
+    The two are dealt apart, so no text is embedded twice, on whatever workers. `texts` are those of all workers, worker
+    after worker, in the order in which their chunks hold them: the order in which vectors are gathered. Which worker
+    holds which text follows from the plan, so only vectors travel.
     """
 
     size: int
@@ -57,7 +58,7 @@ class WorkerBatch:
     guide: Tensor
     """`[sum(counts), guide_dim]` guide vectors, fp32; `guide_dim` 0 where the loss does not ask the guide."""
     query: Tensor
-    """`[size]` places in `texts` of the rows' queries, worker after worker."""
+    """`[size]` places in `texts` of the rows' queries."""
     positive: Tensor
     """`[size]`."""
     negative: Tensor
@@ -74,18 +75,16 @@ def make_batch(encoder: Encoder, shards: Shards, batch: Ids, recipe: Recipe, ran
     """The part of worker `rank` of the global batch of row numbers `batch`."""
     triplets, lengths = shards.triplets, shards.texts.lengths
     budget = recipe.train.chunk_tokens or BATCH_TOKENS[encoder.device.type]
-    tokens = row_tokens(triplets, lengths, batch)
-    rows_of = [worker_rows(batch, tokens, worker, world_size) for worker in range(world_size)]
-    chunks_of = [_chunked(triplets.texts_of(rows), lengths, budget) for rows in rows_of]
+    wanted = triplets.texts_of(batch)
+    shares = [worker_texts(wanted, lengths[wanted], worker, world_size) for worker in range(world_size)]
+    chunks_of = [_chunked(share, lengths, budget) for share in shares]
     counts = [sum(map(len, chunks)) for chunks in chunks_of]
     texts = np.concatenate([np.zeros(0, np.int64), *(chunk for chunks in chunks_of for chunk in chunks)])
-    order = np.argsort(texts, kind="stable")
-    rows = np.concatenate(rows_of)
+    order = np.argsort(texts)
 
     def places(ids: Ids) -> Tensor:
         return torch.from_numpy(order[np.searchsorted(texts, ids, sorter=order)])
 
-    start = sum(map(len, rows_of[:rank]))
     chunks = [_chunk(encoder, shards, ids) for ids in chunks_of[rank]]
     guided = recipe.loss.guide == "frozen"
     return WorkerBatch(
@@ -97,23 +96,13 @@ def make_batch(encoder: Encoder, shards: Shards, batch: Ids, recipe: Recipe, ran
         filler=_chunk(encoder, shards, texts[-1:]),
         texts=torch.from_numpy(texts),
         guide=torch.from_numpy(shards.texts.guide(texts)) if guided else torch.zeros((len(texts), 0)),
-        query=places(triplets.query[rows]),
-        positive=places(triplets.positive[rows]),
-        negative=places(triplets.negatives_of(rows)),
-        own_rows=torch.arange(start, start + len(rows_of[rank])),
+        query=places(triplets.query[batch]),
+        positive=places(triplets.positive[batch]),
+        negative=places(triplets.negatives_of(batch)),
+        own_rows=torch.arange(len(batch)).tensor_split(world_size)[rank],
         tokens=int(sum(chunk.mask.sum() for chunk in chunks)),
         padded_tokens=sum(chunk.ids.numel() for chunk in chunks),
     )
-
-
-def row_tokens(triplets: Triplets, lengths: npt.NDArray[np.integer], rows: Ids) -> Ids:
-    """Tokens of each row's texts, `[rows]`: what its share of a worker's work is."""
-    counts = triplets.negative_starts[rows + 1] - triplets.negative_starts[rows]
-    ends = np.cumsum(counts)
-    negatives = np.concatenate([[0], np.cumsum(lengths[triplets.negatives_of(rows)], dtype=np.int64)])
-    own = lengths[triplets.query[rows]].astype(np.int64) + lengths[triplets.positive[rows]]
-    tokens: Ids = own + negatives[ends] - negatives[ends - counts]
-    return tokens
 
 
 def made_ahead(items: Iterator[_Item]) -> Iterator[_Item]:

@@ -143,6 +143,7 @@ class Saver:
         self._attempt = secrets.token_hex(4)
         self._written = threading.Event()
         self._written.set()
+        self._last: Snapshot | None = None
 
     def restore(self) -> int:
         """Load the newest whole checkpoint; returns its step, or 0 if there is none."""
@@ -166,11 +167,11 @@ class Saver:
 
         started = time.perf_counter()
         # One copy at a time: a disk that is slower than training must not fill the memory with what waits for it.
-        self._written.wait(_LONGEST_WRITE_S)
+        reusable = self._last if self._written.wait(_LONGEST_WRITE_S) else None
         self._written.clear()
         progress = {"step": metrics["step"], "total_steps": metrics["total_steps"]}
-        snapshot = Snapshot.take(self._engine, progress, self._rank, self._world_size)
-        storage = self._storage
+        snapshot = Snapshot.take(self._engine, progress, self._rank, self._world_size, into=reusable)
+        self._last, storage = snapshot, self._storage
 
         def write(_: Any, name: str) -> Any:
             try:

@@ -17,6 +17,7 @@ from gist_ray.encoder import Encoder
 from gist_ray.training.batch import Chunk, WorkerBatch
 from gist_ray.training.collectives import gather_rows
 from gist_ray.training.engine import update
+from gist_ray.training.gradients import FlatGradients
 from gist_ray.training.loss import Candidates, RowLosses, guided_contrastive_loss
 from gist_ray.training.memory import ActivationMemory
 from gist_ray.training.phases import PhaseClock
@@ -160,15 +161,25 @@ def one_reduction(engine: Any, clock: PhaseClock) -> Iterator[None]:
     Without it, DeepSpeed reduces at every backward pass of a ZeRO stage 2 or 3, and refuses or repeats with 0 and 1.
     """
     if engine.zero_optimization_stage() == 0:
+        gradients = flat_gradients(engine)
+        gradients.attach()
         with engine.no_sync():
             yield
         with clock("reduce"):
-            engine.allreduce_gradients()
+            gradients.average()
         return
     with engine.coalesce_grad_reduction():
         yield
         started = time.perf_counter()
     clock.add("reduce", started)
+
+
+def flat_gradients(engine: Any) -> FlatGradients:
+    """The buffer of an engine's gradients: as long-lived as the engine, because its memory is."""
+    if not hasattr(engine, "gist_ray_gradients"):
+        engine.gist_ray_gradients = FlatGradients(engine.module)
+    found: FlatGradients = engine.gist_ray_gradients
+    return found
 
 
 def seed_chunk(seed: int, step: int, rank: int, chunk: int) -> None:

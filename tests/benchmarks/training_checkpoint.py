@@ -55,7 +55,7 @@ def _stall_figures(recipe: Recipe, saves: int) -> list[Figure]:
         ),
     ).fit()
     found: dict[str, list[float]] = json.loads(file.read_text())
-    what = "checkpoint, all-MiniLM-L6-v2, 2 workers, ZeRO 1"
+    what = f"checkpoint, all-MiniLM-L6-v2, 2 workers, ZeRO {recipe.train.zero_stage}"
     return [
         median_figure(f"{what}: seconds a save holds up training", found["save"], "s"),
         median_figure(f"{what}: seconds of a synchronous save", found["synchronous"], "s"),

@@ -14,7 +14,7 @@ import torch
 from gist_ray.config import Recipe
 from gist_ray.data.shards import Shards
 from gist_ray.encoder import load_model
-from gist_ray.training.batch import WorkerBatch, made_ahead, make_batch, row_tokens
+from gist_ray.training.batch import WorkerBatch, made_ahead, make_batch
 from gist_ray.training.engine import make_engine, set_learning_rate
 from gist_ray.training.loop import Rates, batches_from, global_metrics, planner_for
 from gist_ray.training.memory import keep_freed_memory, probe
@@ -58,8 +58,8 @@ class Training:
         self._stepper = Stepper(encoder, self.engine, recipe.loss, recipe.train, memory, self._clock, rank)
         planner = planner_for(self._shards, recipe)
         self._epoch_steps = [len(planner.epoch(epoch)) for epoch in range(_EPOCHS)]
-        lengths = self._shards.texts.lengths
-        tokens = [int(row_tokens(self._shards.triplets, lengths, rows).sum()) for rows in planner.epoch(0)]
+        lengths, texts_of = self._shards.texts.lengths, self._shards.triplets.texts_of
+        tokens = [int(lengths[texts_of(rows)].sum()) for rows in planner.epoch(0)]
         self._largest_batch = planner.epoch(0)[int(np.argmax(tokens))]
         self._batches = made_ahead(self._planned())
         self._rates, self._epoch, self._number = Rates(1), 0, 0

@@ -6,9 +6,9 @@ import pytest
 
 from gist_ray.config import Recipe
 from gist_ray.data.prepare import prepare
-from gist_ray.data.shards import Shards, Triplets
+from gist_ray.data.shards import Shards
 from gist_ray.encoder import Encoder
-from gist_ray.training.batch import made_ahead, make_batch, row_tokens
+from gist_ray.training.batch import made_ahead, make_batch
 from tests.training.test_step import recipe_for
 
 
@@ -40,35 +40,20 @@ def test_workers_share_a_batch_without_talking(recipe: Recipe, world_size: int):
         assert part.shapes[rank] == [tuple(chunk.ids.shape) for chunk in part.chunks]
         assert part.tokens == sum(map(len, own)) <= part.padded_tokens
         assert all(chunk.ids.shape[0] == 1 or chunk.ids.numel() <= 128 for chunk in part.chunks)
-        wanted = set(shards.triplets.texts_of(batch))
-        assert set(texts) == wanted
+        assert sorted(texts) == sorted(shards.triplets.texts_of(batch))  # each text once, over all workers
     assert sorted(rows) == list(range(20))
-    assert max(p.tokens for p in parts) - min(p.tokens for p in parts) < 0.5 * parts[0].tokens
+    longest = int(shards.texts.lengths[texts].max())
+    assert max(p.tokens for p in parts) - min(p.tokens for p in parts) <= 2 * longest
     queries = shards.triplets.query[batch]
-    assert sorted(texts[parts[0].query]) == sorted(queries)
-    pairs = set(zip(texts[parts[0].query].tolist(), texts[parts[0].positive].tolist(), strict=True))
-    assert pairs == set(zip(queries.tolist(), shards.triplets.positive[batch].tolist(), strict=True))
-    assert sorted(texts[parts[0].negative]) == sorted(shards.triplets.negatives_of(batch))
+    assert texts[parts[0].query].tolist() == queries.tolist()
+    assert texts[parts[0].positive].tolist() == shards.triplets.positive[batch].tolist()
+    assert texts[parts[0].negative].tolist() == shards.triplets.negatives_of(batch).tolist()
 
 
 def test_without_a_guide_its_vectors_stay_on_the_disk(recipe: Recipe):
     shards, encoder = Shards.open(recipe.shards_dir()), Encoder.load(recipe.student.path)
     alone = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"guide": "none"})})
     assert make_batch(encoder, shards, np.arange(4), alone, 0, 1).guide.shape[1] == 0
-
-
-def test_row_tokens_count_every_negative():
-    triplets = Triplets(
-        query=np.array([0, 1, 2]),
-        positive=np.array([3, 3, 3]),
-        negative_starts=np.array([0, 2, 2, 3]),
-        negatives=np.array([1, 2, 0]),
-        task=np.zeros(3, np.int64),
-        source=np.zeros(3, np.int64),
-    )
-    lengths = np.array([1, 10, 100, 1000], dtype=np.uint16)
-    assert row_tokens(triplets, lengths, np.arange(3)).tolist() == [1111, 1010, 1101]
-    assert row_tokens(triplets, lengths, np.array([2, 0])).tolist() == [1101, 1111]
 
 
 def test_batches_are_made_one_ahead_and_in_order():

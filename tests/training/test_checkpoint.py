@@ -59,7 +59,12 @@ def run(rank: int, world_size: int, recipe: Recipe, legs: list[dict[str, Any]]) 
             set_learning_rate(engine, 1e-3)
             losses.append(stepper.step(step, make_batch(encoder, shards, BATCHES[step], case, rank, world_size)).loss)
         if leg.get("save"):
-            snapshot = Snapshot.take(engine, {"step": leg["steps"][1]}, rank, world_size)
+            before = Snapshot.take(engine, {"step": 0}, rank, world_size)
+            addresses = {name: tensor.data_ptr() for name, tensor in before.tensors.items()}
+            for tensor in before.tensors.values():
+                tensor.fill_(7)
+            snapshot = Snapshot.take(engine, {"step": leg["steps"][1]}, rank, world_size, into=before)
+            assert {name: tensor.data_ptr() for name, tensor in snapshot.tensors.items()} == addresses
             stepper.step(9, make_batch(encoder, shards, BATCHES[0], case, rank, world_size))  # must not reach it
             snapshot.write(Path(leg["save"]))
         found.append((losses, {(s.name, s.start): s.weight.clone() for s in owned_slices(engine)}))

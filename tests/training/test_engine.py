@@ -68,7 +68,7 @@ def test_the_users_deepspeed_settings_are_merged(tmp_path: Path):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(theirs))
     config = deepspeed_config(TrainConfig(deepspeed=str(file)), 1)  # type: ignore[arg-type]  # a path is read
-    assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5, "overlap_comm": True}
+    assert config["zero_optimization"] == {"stage": 0, "reduce_bucket_size": 5, "overlap_comm": True}
     assert config["wall_clock_breakdown"] is True and config["flops_profiler"] == {"enabled": True}
     assert "train_batch_size" not in config
     with pytest.raises(ValidationError, match="not a readable JSON file"):
