@@ -36,7 +36,7 @@ def test_check_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.Capt
         "candidates_per_query": 63 + 64 + 63 + 63,
     }
     assert resolved["derived"]["student"]["dim"] == 32
-    assert resolved["derived"]["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert resolved["derived"]["deepspeed"]["zero_optimization"]["stage"] == 0
     memory = resolved["derived"]["memory_mb_per_worker"]
     assert memory["adam_moments"] == pytest.approx(memory["weights"], abs=0.1)  # two moments over two workers
 
