@@ -38,7 +38,15 @@ def test_check_prints_the_resolved_recipe(recipe_file: Path, capsys: pytest.Capt
     assert resolved["derived"]["student"]["dim"] == 32
     assert resolved["derived"]["deepspeed"]["zero_optimization"]["stage"] == 0
     memory = resolved["derived"]["memory_mb_per_worker"]
-    assert memory["adam_moments"] == pytest.approx(memory["weights"], abs=0.1)  # two moments over two workers
+    assert memory["adam_moments"] == pytest.approx(2 * memory["weights"], abs=0.1)  # two moments, nothing divided
+
+
+def test_check_divides_the_moments_by_the_workers_where_zero_does(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["check", str(recipe_file), "--set", "train.zero_stage=1", "--set", "cluster.num_workers=2"]) == 0
+    memory = yaml.safe_load(capsys.readouterr().out)["derived"]["memory_mb_per_worker"]
+    assert memory["adam_moments"] == pytest.approx(memory["weights"], abs=0.1)
 
 
 def test_the_shipped_command_is_installed():
