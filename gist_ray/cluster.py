@@ -70,8 +70,9 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
     if own_token:
         # It stays for the life of this process: Ray caches it, so a second Ray here must have the same.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    for name, value in ingress_environment(Path(folder), free_port).items():
-        os.environ.setdefault(name, value)
+    # For this Ray alone: the next one has other files and ports.
+    ingress = {k: v for k, v in ingress_environment(Path(folder), free_port).items() if k not in os.environ}
+    os.environ.update(ingress)
     try:
         ray.init(
             address="local",
@@ -88,6 +89,8 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        for name in ingress:
+            os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
 
 
