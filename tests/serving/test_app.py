@@ -21,10 +21,11 @@ import yaml
 from pydantic import ValidationError
 
 from gist_ray.cluster import free_port
-from gist_ray.config import ClusterConfig, ServingConfig
+from gist_ray.config import ClusterConfig
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.serving.app import Endpoint, ServeArgs, build_app, serve_model
+from gist_ray.serving_config import ServingConfig
 
 SERVE = Path(__file__).parent.parent.parent / "serve"
 KEY = "a-key-for-tests"
@@ -159,7 +160,8 @@ def test_serve_ends_cleanly_on_a_signal(minilm):
     port = free_port()
     code = (
         "import sys\n"
-        "from gist_ray.config import ClusterConfig, ServingConfig\n"
+        "from gist_ray.config import ClusterConfig\n"
+        "from gist_ray.serving_config import ServingConfig\n"
         "from gist_ray.serving.app import serve\n"
         "config, cluster = ServingConfig(port=int(sys.argv[2])), ClusterConfig(data_workers=1)\n"
         "serve(sys.argv[1], config, cluster, lambda endpoint: print(endpoint.url, flush=True))\n"

@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from gist_ray.encoder import TokenIds
 from gist_ray.serving.engine import Vectors
 from gist_ray.serving.fake_engine import FakeEngine
-from gist_ray.serving.scheduler import (
-    Closed,
-    ForwardFailed,
-    Overloaded,
-    RequestTooLarge,
-    Scheduler,
-    TextTooLong,
-)
+from gist_ray.serving.outcomes import Closed, ForwardFailed, Overloaded, RequestTooLarge, TextTooLong
+from gist_ray.serving.scheduler import Scheduler
 
 LAW = settings(max_examples=40, deadline=None)
 
