@@ -109,8 +109,9 @@ def _evaluate(arguments: argparse.Namespace) -> Path:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from gist_ray.config import ClusterConfig, ServingConfig
+    from gist_ray.config import ClusterConfig
     from gist_ray.serving.app import serve
+    from gist_ray.serving_config import ServingConfig
 
     stdout = arguments.stdout
     recipe = _optional_recipe(arguments)

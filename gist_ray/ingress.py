@@ -1,8 +1,7 @@
 """Ingress: how requests reach replicas. Serve's HAProxy, set up by us for a Ray of our own.
 
-The default proxy of Ray Serve is a Python process in front of every replica: 4 ms and a few hundred requests a second
-(measured). With HAProxy a request takes 1 ms and goes straight to a replica. Serve reads these variables when it is
-imported and when Ray starts; on a cluster that others start they belong in its environment.
+The default proxy of Ray Serve is a Python process in front of every replica; HAProxy passes requests straight on. Serve
+reads these variables when it is imported and when Ray starts; on a cluster of others they belong in its environment.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gist_ray.encoder import Encoder, TokenIds, length_sorted_chunks
+from gist_ray.encoder import BATCH_TOKENS, SIMILAR_LENGTH, Encoder, TokenIds, length_sorted_chunks
 from gist_ray.errors import InputError
 from gist_ray.openvino_model import OpenVinoModel, converted, written
 
@@ -23,14 +23,12 @@ PROVENANCE = "gist_ray.json"
 """File of a model folder in which its making, and the accuracy of its variants, are recorded."""
 INT8_FILE = "openvino/int8.xml"
 CALIBRATION_TEXTS = 300
-"""What NNCF takes by default; more change little."""
+"""As many as NNCF takes by default."""
 MIN_TEXTS = 200
 MAX_GATE_TEXTS = 2000
 NEIGHBOURS = 10
 MIN_COSINE = 0.99
 MIN_OVERLAP = 0.85
-
-_BATCH_TOKENS = 1024
 
 
 def quantize(encoder: Encoder, tokens: Sequence[TokenIds], folder: Path, *, threads: int = 1) -> dict[str, Any]:
@@ -53,17 +51,16 @@ def quantize(encoder: Encoder, tokens: Sequence[TokenIds], folder: Path, *, thre
         raise InputError('int8 needs NNCF; run: pip install "gist-ray[int8]"') from error
     logging.getLogger("nncf").setLevel(logging.ERROR)
     used = min(CALIBRATION_TEXTS, len(tokens) // 2)
-    model, pad_id = converted(encoder), int(encoder.tokenizer.pad_token_id or 0)
-    held_out = list(tokens[used : used + MAX_GATE_TEXTS])
-    exact = _embedded(OpenVinoModel(model, threads=threads, pad_id=pad_id), held_out)
+    model, held_out = converted(encoder), list(tokens[used : used + MAX_GATE_TEXTS])
+    exact = _embedded(OpenVinoModel(model, encoder, threads=threads), held_out)
     quantized = nncf.quantize(
         model,
-        nncf.Dataset([_inputs(row) for row in tokens[:used]]),
+        nncf.Dataset([[tensor.numpy() for tensor in encoder.padded([row])] for row in tokens[:used]]),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=used,
     )
     file = written(quantized, folder / INT8_FILE)
-    rough = _embedded(OpenVinoModel(file, threads=threads, pad_id=pad_id), held_out)
+    rough = _embedded(OpenVinoModel(file, encoder, threads=threads), held_out)
     cosines = (exact * rough).sum(1) / np.linalg.norm(rough, axis=1)
     overlap = neighbour_overlap(exact, rough, NEIGHBOURS)
     return {
@@ -119,12 +116,7 @@ def neighbour_overlap(exact: npt.NDArray[np.float32], rough: npt.NDArray[np.floa
 
 
 def _embedded(model: OpenVinoModel, tokens: Sequence[TokenIds]) -> npt.NDArray[np.float32]:
-    vectors = np.empty((len(tokens), model.dim), dtype=np.float32)
-    for chunk in length_sorted_chunks(np.array([len(row) for row in tokens]), _BATCH_TOKENS, similar=0.9):
+    vectors, lengths = np.empty((len(tokens), model.dim), dtype=np.float32), np.array([len(row) for row in tokens])
+    for chunk in length_sorted_chunks(lengths, BATCH_TOKENS["cpu"], similar=SIMILAR_LENGTH):
         vectors[chunk] = model.embed([tokens[i] for i in chunk])
     return vectors
-
-
-def _inputs(row: TokenIds) -> list[npt.NDArray[np.int64]]:
-    ids = np.asarray(row, dtype=np.int64)[None]
-    return [ids, np.ones_like(ids)]

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from gist_ray.config import ClusterConfig, GuideConfig, Section, SourceConfig
+from gist_ray.config import ClusterConfig, GuideConfig, SourceConfig
+from gist_ray.section import Section
 
 
 class MineConfig(Section):

@@ -45,6 +45,8 @@ def export(
     Raises:
         InputError: not a finished checkpoint or report, or `out` holds something else; or as `quantize`.
     """
+    if texts and not int8:
+        raise InputError("--texts are what int8 is calibrated with; add --int8, or leave them out")
     out = Path(out)
     made_from, provenance = _origin(checkpoint, report, int8)
     if int8:
@@ -56,18 +58,17 @@ def export(
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed export
     recipe = provenance.get("recipe")
-    if recipe:
-        checkpoint = Path(checkpoint)
-        shutil.copytree(student_folder(checkpoint), unfinished)
-        shutil.copyfile(checkpoint / METRICS, unfinished / METRICS)  # for the curves in the reports on this model
-        encoder = Encoder.load(unfinished)
-    else:
-        encoder = Encoder.load(checkpoint)
-        encoder.save(unfinished)
+    encoder = Encoder.load(student_folder(Path(checkpoint)) if recipe else checkpoint)
     provenance |= {"dim": encoder.dim, "max_tokens": encoder.max_tokens}
-    if int8:
+    if int8:  # first: it refuses before anything is written
         provenance["int8"] = quantize(encoder, _calibration(encoder, texts, recipe), unfinished, threads=_threads())
         _tell(provenance["int8"])
+    if recipe:
+        checkpoint = Path(checkpoint)
+        shutil.copytree(student_folder(checkpoint), unfinished, dirs_exist_ok=True)
+        shutil.copyfile(checkpoint / METRICS, unfinished / METRICS)  # for the curves in the reports on this model
+    else:
+        encoder.save(unfinished)
     write_json(unfinished / PROVENANCE, provenance)
     if recipe:
         (unfinished / "README.md").write_text(model_card(recipe["name"], provenance), encoding="utf-8")

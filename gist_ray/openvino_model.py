@@ -21,8 +21,11 @@ Vectors = npt.NDArray[np.float32]
 class OpenVinoModel:
     """Padded token ids in, unit vectors out, on `threads` threads of this machine's CPU."""
 
-    def __init__(self, model: Any, *, threads: int, pad_id: int = 0) -> None:
-        """`model` is what `converted` returns, or a file that was written from it."""
+    def __init__(self, model: Any, encoder: Encoder, *, threads: int) -> None:
+        """`model` is what `converted` returned for `encoder`, or a file that was written from it.
+
+        The encoder pads, as ever; its weights are not used.
+        """
         openvino = _openvino()
         settings = {
             "INFERENCE_NUM_THREADS": threads,
@@ -35,16 +38,12 @@ class OpenVinoModel:
         compiled = openvino.Core().compile_model(model, "CPU", settings)
         self.dim = int(compiled.output(0).get_partial_shape()[1].get_length())
         self._request = compiled.create_infer_request()
-        self._pad_id = pad_id
+        self._encoder = encoder
 
     def embed(self, tokens: Sequence[TokenIds]) -> Vectors:
         """Vectors `[n, dim]` of unit norm, in one forward, in the order given. Not from two threads at once."""
-        ids = np.full((len(tokens), max(map(len, tokens))), self._pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for place, row in enumerate(tokens):
-            ids[place, : len(row)] = row
-            mask[place, : len(row)] = 1
-        vectors: Vectors = self._request.infer([ids, mask], share_inputs=True)[0]
+        inputs = [tensor.numpy() for tensor in self._encoder.padded(tokens)]
+        vectors: Vectors = self._request.infer(inputs, share_inputs=True)[0]
         return vectors
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from gist_ray import html
 from gist_ray.cluster import connected
-from gist_ray.config import Recipe, ServingConfig
+from gist_ray.config import Recipe
 from gist_ray.data.prepare import prepare
 from gist_ray.encoder import load_model
 from gist_ray.errors import InputError
@@ -31,6 +31,7 @@ from gist_ray.metrics import METRICS, read_metrics
 from gist_ray.model_folder import export
 from gist_ray.recipe_file import load_recipe
 from gist_ray.serving.app import API_KEYS_VARIABLE, Endpoint, serve_model
+from gist_ray.serving_config import ServingConfig
 from gist_ray.training.run import train
 
 Say = Callable[[str], None]

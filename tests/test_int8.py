@@ -35,7 +35,7 @@ def test_the_variant_is_near_the_model_and_its_accuracy_is_on_record(exported: P
     assert record["passed"] and record["calibration_texts"] + record["measured_on_texts"] <= 400
     encoder, lines = Encoder.load(tiny_model), texts.read_text().splitlines()[:100]
     tokens = encoder.tokenize(lines)
-    rough = OpenVinoModel(int8_file(exported), threads=1).embed(tokens)
+    rough = OpenVinoModel(int8_file(exported), encoder, threads=1).embed(tokens)
     cosines = (encoder.encode(lines) * rough).sum(1) / np.linalg.norm(rough, axis=1)
     assert cosines.mean() == pytest.approx(record["mean_cosine"], abs=0.01)
     assert cosines.mean() > 0.99 and not np.array_equal(rough, encoder.encode(lines))
@@ -87,7 +87,9 @@ def test_too_few_texts_and_missing_files_are_said_before_anything_is_written(
     ):
         assert main([*command, *options]) == 2
         assert message in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
+        assert list(tmp_path.iterdir()) == [few]
+    assert main([*command[:-1], "--texts", str(few)]) == 2
+    assert "add --int8" in capsys.readouterr().err
     assert main(command[:-1]) == 2  # without --int8 there is nothing to do for a model
     assert "not a finished checkpoint" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openvino
@@ -22,7 +23,7 @@ def encoder(tiny_model: Path) -> Encoder:
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_vectors_are_the_encoders_whatever_the_batch(encoder: Encoder, pooling: str, tmp_path: Path):
     pooled = dataclasses.replace(encoder, pooling=pooling)
-    model, tokens = OpenVinoModel(converted(pooled), threads=1), encoder.tokenize(TEXTS)
+    model, tokens = OpenVinoModel(converted(pooled), pooled, threads=1), encoder.tokenize(TEXTS)
     expected = pooled.encode(TEXTS)
     together = model.embed(tokens)
     assert together.dtype == np.float32 and model.dim == encoder.dim
@@ -31,18 +32,20 @@ def test_vectors_are_the_encoders_whatever_the_batch(encoder: Encoder, pooling: 
     assert np.abs(alone - expected).max() < 1e-5
     assert np.abs(np.linalg.norm(together, axis=1) - 1).max() < 1e-6
     file = written(converted(pooled), tmp_path / "new" / "model.xml")
-    np.testing.assert_allclose(OpenVinoModel(file, threads=1).embed(tokens), together, atol=1e-6)
+    np.testing.assert_allclose(OpenVinoModel(file, pooled, threads=1).embed(tokens), together, atol=1e-6)
 
 
 def test_padding_does_not_matter(encoder: Encoder):
     """What stands in the padding does not matter."""
     tokens = encoder.tokenize(TEXTS)
-    found = [OpenVinoModel(converted(encoder), threads=1, pad_id=pad).embed(tokens) for pad in (0, 7)]
+    model = converted(encoder)
+    others = [dataclasses.replace(encoder, tokenizer=SimpleNamespace(pad_token_id=pad)) for pad in (0, 7)]
+    found = [OpenVinoModel(model, other, threads=1).embed(tokens) for other in others]
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
 
 
 def test_what_was_returned_is_not_overwritten_by_the_next_batch(encoder: Encoder):
-    model, tokens = OpenVinoModel(converted(encoder), threads=1), encoder.tokenize(TEXTS)
+    model, tokens = OpenVinoModel(converted(encoder), encoder, threads=1), encoder.tokenize(TEXTS)
     first = model.embed(tokens[:2])
     kept = first.copy()
     model.embed(tokens[3:5])

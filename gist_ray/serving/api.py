@@ -24,8 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gist_ray.serving import schema
 from gist_ray.serving.engine import Engine
 from gist_ray.serving.measures import Measures
+from gist_ray.serving.outcomes import Closed, ForwardFailed, Overloaded, RequestTooLarge, TextTooLong
+from gist_ray.serving.pieces import Piece
 from gist_ray.serving.routes import BYTES, Routes
-from gist_ray.serving.scheduler import Closed, ForwardFailed, Overloaded, RequestTooLarge, Scheduler, TextTooLong
+from gist_ray.serving.scheduler import Scheduler
 from gist_ray.serving.schema import ApiError
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ def create_api(engine: Engine, scheduler: Scheduler, settings: ApiSettings) -> F
     _add_post(app, "/embed", routes.tei_embed, schema.TeiRequest, list[list[float]], raw=True)
     _add_post(app, "/", routes.tei_embed, schema.TeiRequest, list[list[float]], raw=True)
     _add_post(app, "/similarity", routes.similarity, schema.SimilarityRequest, list[float])
-    _add_post(app, "/tokenize", routes.tokenize, schema.TokenizeRequest, list[list[schema.Piece]])
+    _add_post(app, "/tokenize", routes.tokenize, schema.TokenizeRequest, list[list[Piece]])
     app.get("/", response_class=HTMLResponse)(routes.home)
     app.get("/v1/models")(routes.models)
     app.get("/info")(routes.info)
@@ -104,7 +106,7 @@ def _add_post(
     if raw:
         found["content"] = {BYTES: {"schema": {"type": "string", "format": "binary"}}}
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": schema.ErrorResponse} for status in (400, 401, 404, 413, 422, 429, 500, 503)
+        status: {"model": schema.ErrorResponse} for status in (400, 401, 403, 404, 413, 422, 429, 500, 503)
     }
     app.post(
         path,
@@ -179,7 +181,7 @@ class _Gate:
     def _refusal(self, scope: Scope) -> Response | None:
         """An answer to who may not ask."""
         if self.peers and (scope.get("client") or ("", 0))[0] not in self.peers:
-            error = ApiError(403, "this server answers its own machine only; see `host` in the documentation")
+            error = ApiError(403, "this server answers its own machine only; to be reached, start it on another --host")
             return _json_response(schema.error_text(error), 403)
         if (scope["method"], scope["path"]) in OPEN or self._admits(scope):
             return None

@@ -27,13 +27,14 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from gist_ray.cluster import connected, free_port
-from gist_ray.config import ClusterConfig, ServingConfig
+from gist_ray.config import ClusterConfig
 from gist_ray.encoder import fingerprint
 from gist_ray.errors import InputError
 from gist_ray.serving.api import ApiSettings, create_api
 from gist_ray.serving.autoscaling import Workload
 from gist_ray.serving.engine import load_engine
 from gist_ray.serving.scheduler import Scheduler
+from gist_ray.serving_config import ServingConfig
 
 log = logging.getLogger(__name__)
 

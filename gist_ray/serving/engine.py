@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from gist_ray.encoder import TokenIds
 from gist_ray.serving.pieces import Piece
+from gist_ray.serving_config import Backend, Precision
 
 Vectors = npt.NDArray[np.float32]
-Backend = Literal["auto", "torch", "openvino"]
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class Engine(Protocol):

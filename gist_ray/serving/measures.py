@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gist_ray.serving.scheduler import Embeddings, Scheduler
+from gist_ray.serving.outcomes import Embeddings
+from gist_ray.serving.scheduler import Scheduler
 
 _NAMES = ("model", "replica")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -30,7 +31,7 @@ class Measures:
         )
         self._seconds = Histogram(
             "gist_ray_request_seconds",
-            "From the first byte of a request to the last of its answer.",
+            "From the head of a request to the last byte of its answer.",
             (*_NAMES, "route"),
             buckets=_SECONDS,
             registry=self._registry,

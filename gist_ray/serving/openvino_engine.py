@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gist_ray.encoder import Encoder, TokenIds
 from gist_ray.errors import InputError
 from gist_ray.openvino_model import OpenVinoModel, converted
-from gist_ray.serving.engine import Precision, Vectors
-from gist_ray.serving.pieces import Piece, token_pieces
+from gist_ray.serving.engine import Vectors
+from gist_ray.serving.pieces import EncoderTexts
+from gist_ray.serving_config import Precision
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(EncoderTexts):
     """A converted encoder and its tokenizer."""
 
     def __init__(self, encoder: Encoder, model: OpenVinoModel, precision: str) -> None:
-        self.encoder, self.precision = encoder, precision
-        self._model = model
+        super().__init__(encoder)
+        self._model, self.precision = model, precision
 
     @classmethod
     def load(
@@ -26,7 +27,7 @@ class OpenVinoEngine:
         """Load a model folder; fp32 is converted here, in a few seconds.
 
         Raises:
-            InputError: as `Encoder.load`, `converted` and `int8_model`; not a CPU, or another precision.
+            InputError: as `Encoder.load`, `converted` and `int8_file`; not a CPU, or another precision.
         """
         if device != "cpu" or precision not in ("fp32", "int8"):
             raise InputError(
@@ -40,32 +41,13 @@ class OpenVinoEngine:
             encoder = Encoder.load(path)
             model = converted(encoder)
             encoder.model = None  # the weights are in the converted one
-        pad_id = int(encoder.tokenizer.pad_token_id or 0)
         name = "float32" if precision == "fp32" else precision
-        return cls(encoder, OpenVinoModel(model, threads=threads, pad_id=pad_id), name)
+        return cls(encoder, OpenVinoModel(model, encoder, threads=threads), name)
 
     @property
     def dim(self) -> int:
         """Length of a vector."""
         return self._model.dim
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest text the model reads, special tokens included."""
-        return self.encoder.max_tokens
-
-    @property
-    def prompts(self) -> Mapping[str, str]:
-        """Prompt name to the text that is put before the input."""
-        return self.encoder.prompts
-
-    def tokenize(self, texts: Sequence[str], *, prompt: str = "", truncate: bool = True) -> list[TokenIds]:
-        """As `Encoder.tokenize`."""
-        return self.encoder.tokenize(texts, prompt=prompt, truncate=truncate)
-
-    def pieces(self, texts: Sequence[str], *, prompt: str = "", special: bool = True) -> list[list[Piece]]:
-        """As `token_pieces` of the encoder's tokenizer."""
-        return token_pieces(self.encoder, texts, prompt=prompt, special=special)
 
     def forward(self, tokens: Sequence[TokenIds]) -> Vectors:
         """Vectors `[n, dim]`."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from gist_ray.encoder import Encoder
+from typing_extensions import TypedDict  # that of `typing` says too little to pydantic before Python 3.12
+
+from gist_ray.encoder import Encoder, TokenIds
 
 
 class Piece(TypedDict):
-    """A token as text-embeddings-inference describes it."""
+    """A token as text-embeddings-inference describes it: `start` and `stop` are None for a special one."""
 
     id: int
     text: str
@@ -18,14 +20,32 @@ class Piece(TypedDict):
     stop: int | None
 
 
-def token_pieces(
-    encoder: Encoder, texts: Sequence[str], *, prompt: str = "", special: bool = True
-) -> list[list[Piece]]:
-    """Tokens of each text, not cut, without special ones if not `special`.
+class EncoderTexts:
+    """The half of an engine that reads texts, by an encoder whose weights may be elsewhere."""
 
-    `start` and `stop` count characters of prompt and text together; a special token stands for none.
-    """
-    return [_of_text(encoder, prompt + text, special) for text in texts]
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest text the model reads, special tokens included."""
+        return self.encoder.max_tokens
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """Prompt name to the text that is put before the input."""
+        return self.encoder.prompts
+
+    def tokenize(self, texts: Sequence[str], *, prompt: str = "", truncate: bool = True) -> list[TokenIds]:
+        """As `Encoder.tokenize`."""
+        return self.encoder.tokenize(texts, prompt=prompt, truncate=truncate)
+
+    def pieces(self, texts: Sequence[str], *, prompt: str = "", special: bool = True) -> list[list[Piece]]:
+        """Tokens of each text, not cut, without special ones if not `special`.
+
+        `start` and `stop` count characters of prompt and text together.
+        """
+        return [_of_text(self.encoder, prompt + text, special) for text in texts]
 
 
 def _of_text(encoder: Encoder, text: str, special: bool) -> list[Piece]:

@@ -173,16 +173,6 @@ class TokenizeRequest(_Request):
     prompt_name: StrictStr | None = None
 
 
-class Piece(BaseModel):
-    """A token: its id, the text it stands for, and where that is (characters; None for a special token)."""
-
-    id: int
-    text: str
-    special: bool
-    start: int | None
-    stop: int | None
-
-
 class ErrorBody(BaseModel):
     """The OpenAI error object."""
 

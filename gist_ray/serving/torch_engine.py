@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,17 +10,15 @@ from torch import Tensor
 
 from gist_ray.encoder import Encoder, TokenIds
 from gist_ray.errors import InputError
-from gist_ray.serving.engine import Precision, Vectors
-from gist_ray.serving.pieces import Piece, token_pieces
+from gist_ray.serving.engine import Vectors
+from gist_ray.serving.pieces import EncoderTexts
+from gist_ray.serving_config import Precision
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class TorchEngine:
+class TorchEngine(EncoderTexts):
     """An encoder on torch."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
 
     @classmethod
     def load(
@@ -45,27 +43,9 @@ class TorchEngine:
         return self.encoder.dim
 
     @property
-    def max_tokens(self) -> int:
-        """Longest text the model reads, special tokens included."""
-        return self.encoder.max_tokens
-
-    @property
-    def prompts(self) -> Mapping[str, str]:
-        """Prompt name to the text that is put before the input."""
-        return self.encoder.prompts
-
-    @property
     def precision(self) -> str:
         """Type of the weights."""
         return str(self.encoder.model.dtype).removeprefix("torch.")
-
-    def tokenize(self, texts: Sequence[str], *, prompt: str = "", truncate: bool = True) -> list[TokenIds]:
-        """As `Encoder.tokenize`."""
-        return self.encoder.tokenize(texts, prompt=prompt, truncate=truncate)
-
-    def pieces(self, texts: Sequence[str], *, prompt: str = "", special: bool = True) -> list[list[Piece]]:
-        """As `token_pieces` of the encoder's tokenizer."""
-        return token_pieces(self.encoder, texts, prompt=prompt, special=special)
 
     def forward(self, tokens: Sequence[TokenIds]) -> Tensor:
         """Vectors `[n, dim]` where the model is, in one forward: the scheduler has already chosen the batch."""

@@ -1,8 +1,9 @@
 """Attention for training on the CPU, where torch's fast kernel has no dropout and the slow one keeps everything.
 
 With dropout torch falls back on plain matrix products, and saves three matrices `[tokens, tokens]` a head for the
-backward pass: at 128 tokens, half of all that a small encoder saves, and a sixth of its step goes into their random
-numbers. Here they are computed again in the backward pass from queries, keys and a seed, for a few products more.
+backward pass: at 128 tokens, 39 % of all that all-MiniLM-L6-v2 saves (288 MB of 1,024 tokens, here 175). Here they are
+computed again in the backward pass, from queries, keys and a seed. Cheap random numbers pay for that: forward and
+backward of 8 x 128 tokens take 16 ms instead of 20.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from gist_ray.training.dropout import LEVELS, drawn_seed, dropout_noise
 
+_SPECIAL = ("position_bias", "softcap")  # options that change the shares
 NAME = "gist_ray_cpu"
 """Under which transformers knows it."""
 
@@ -53,7 +55,7 @@ def attention(
     dropped = round(dropout * LEVELS)
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    special = causal or options.get("position_bias") is not None or key.shape[1] != query.shape[1]
+    special = causal or key.shape[1] != query.shape[1] or any(options.get(name) is not None for name in _SPECIAL)
     if special or not 0 < dropped < LEVELS or query.device.type != "cpu" or options.get("output_attentions"):
         asked = {"dropout": dropout, "scaling": scaling, **options}
         found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **asked)

@@ -101,8 +101,8 @@ class Snapshot:
     ) -> Snapshot:
         """Copy what this worker owns. Under ZeRO 0 each owns everything, and copies its share of each parameter.
 
-        `into`: an earlier snapshot of the same engine that is no longer needed. Its memory is written to again, which
-        is twice as fast as new memory, whose pages the kernel must clear first.
+        `into`: an earlier snapshot of the same engine that is no longer needed. Its memory is written to again: the
+        pages of new memory the kernel must clear first.
         """
         tensors, adam_step = {}, 0.0
         shared = engine.zero_optimization_stage() == 0

@@ -1,4 +1,4 @@
-"""Dropout on the CPU: the random numbers of torch's own take a twelfth of a training step, these a seventieth."""
+"""Dropout on the CPU: the random numbers of torch's own take a twelfth of a training step of all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = 1 << 16
 class CpuDropout(nn.Dropout):
     """`nn.Dropout` with 16 random bits an element, drawn 64 at a time; `p` is rounded to a 65,536th.
 
-    torch's generator gives a number at a time, on one thread (4.7 ns each, ours 0.5). The bits follow from torch's
+    torch's generator gives a number at a time, on one thread: 1024 x 384 elements take 2.5 ms, here 0.5 ms. The bits follow from torch's
     seed, so what repeats torch's random numbers repeats these: a chunk's second forward, a checkpointed block.
     Expectation and scale are exact: what is kept is divided by the share that is kept. Not in place.
     """

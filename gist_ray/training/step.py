@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Stepper:
             vectors, graphs = self._vectors(number, chunks, kept)
             # Fillers come last, and their vectors go nowhere.
             result, gradient = self._loss_gradient(torch.cat(vectors)[: batch.counts[self.rank]], batch)
-            with one_reduction(self.engine, self.clock):
+            with one_reduction(self.engine, self._gradients, self.clock):
                 self._backward(number, chunks, graphs, gradient)
                 if words:
                     with self.clock("backward"):
@@ -80,6 +81,11 @@ class Stepper:
             grad_norm=grad_norm,
             recomputed_tokens=sum(c.ids.numel() for c, keep in zip(batch.chunks, kept, strict=False) if not keep),
         )
+
+    @cached_property
+    def _gradients(self) -> FlatGradients | None:
+        """Where gradients add up under ZeRO 0; the other stages have buffers of their own."""
+        return FlatGradients(self.engine.module) if self.engine.zero_optimization_stage() == 0 else None
 
     def _vectors(self, number: int, chunks: list[Chunk], kept: list[bool]) -> tuple[list[Tensor], list[Tensor | None]]:
         """Vectors of each chunk, `[rows, dim]`, and the same with their graph where activations are kept."""
@@ -155,13 +161,13 @@ def batch_losses(everyone: Tensor, batch: WorkerBatch, loss: LossConfig) -> RowL
 
 
 @contextmanager
-def one_reduction(engine: Any, clock: PhaseClock) -> Iterator[None]:
+def one_reduction(engine: Any, gradients: FlatGradients | None, clock: PhaseClock) -> Iterator[None]:
     """Backward passes inside add up on each worker; at the end the sums are reduced over the workers, once.
 
+    `gradients` are those of ZeRO 0, None under the other stages.
     Without it, DeepSpeed reduces at every backward pass of a ZeRO stage 2 or 3, and refuses or repeats with 0 and 1.
     """
-    if engine.zero_optimization_stage() == 0:
-        gradients = flat_gradients(engine)
+    if gradients:
         gradients.attach()
         with engine.no_sync():
             yield
@@ -172,14 +178,6 @@ def one_reduction(engine: Any, clock: PhaseClock) -> Iterator[None]:
         yield
         started = time.perf_counter()
     clock.add("reduce", started)
-
-
-def flat_gradients(engine: Any) -> FlatGradients:
-    """The buffer of an engine's gradients: as long-lived as the engine, because its memory is."""
-    if not hasattr(engine, "gist_ray_gradients"):
-        engine.gist_ray_gradients = FlatGradients(engine.module)
-    found: FlatGradients = engine.gist_ray_gradients
-    return found
 
 
 def seed_chunk(seed: int, step: int, rank: int, chunk: int) -> None:

@@ -15,7 +15,8 @@ import psutil
 
 _OURS = """
 import sys
-from gist_ray.config import ClusterConfig, ServingConfig
+from gist_ray.config import ClusterConfig
+from gist_ray.serving_config import ServingConfig
 from gist_ray.serving.app import serve
 serve(sys.argv[1], ServingConfig.model_validate_json(sys.argv[2]), ClusterConfig(data_workers=1),
       lambda endpoint: print(endpoint.url, flush=True), model_id="model")

@@ -8,9 +8,9 @@ import httpx
 import numpy as np
 import pytest
 
-from gist_ray.config import ServingConfig
 from gist_ray.encoder import Encoder
 from gist_ray.serving.app import serve_model
+from gist_ray.serving_config import ServingConfig
 
 pytestmark = pytest.mark.slow
 

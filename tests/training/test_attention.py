@@ -63,7 +63,9 @@ def test_without_dropout_it_is_torchs_own():
     torch.testing.assert_close(ours, torchs)
 
 
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"position_bias": torch.zeros(1, 2, 5, 5).double()}])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"position_bias": torch.zeros(1, 2, 5, 5).double()}, {"softcap": 30.0}]
+)
 def test_what_is_not_plain_attention_goes_on_to_torch(options: dict, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
