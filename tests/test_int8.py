@@ -56,10 +56,16 @@ def test_a_finished_variant_is_returned_and_another_calibration_refused(
         export(tiny_model, exported, int8=True, texts=other)
 
 
+@pytest.mark.parametrize("limit", ["MIN_COSINE", "MIN_OVERLAP"])
 def test_a_variant_that_is_not_accurate_is_kept_on_record_and_not_served(
-    tiny_model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    limit: str,
+    tiny_model: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    monkeypatch.setattr(int8, "MIN_COSINE", 1.01)
+    monkeypatch.setattr(int8, limit, 1.01)
     folder = export(tiny_model, tmp_path / "model", int8=True, texts=texts)
     assert "not accurate enough" in caplog.text
     with pytest.raises(InputError, match=r"not accurate enough .*mean_cosine.*precision: fp32"):

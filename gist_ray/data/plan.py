@@ -123,14 +123,11 @@ class Planner:
 def worker_texts(texts: Rows, lengths: Rows, rank: int, world_size: int) -> Rows:
     """The texts of a global batch that one worker embeds, of distinct `texts [n]` with `lengths [n]` tokens.
 
-    They are dealt longest first, back and forth: workers get equal counts (to one), nearly equal tokens, and as good as
-    equal lengths, so that their chunks have the little padding that those of one worker would have.
+    They are dealt longest first, one each in turn: workers get equal counts (to one), equal tokens to the length of the
+    longest, and as good as equal lengths, so that their chunks have the little padding that those of one would have.
     """
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    position = np.arange(len(texts))
-    turn, place = position // world_size, position % world_size
-    dealt_to = np.where(turn % 2 == 0, place, world_size - 1 - place)
-    own: Rows = texts[np.sort(order[dealt_to == rank])]
+    own: Rows = texts[np.sort(order[rank::world_size])]
     return own
 
 

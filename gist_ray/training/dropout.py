@@ -15,9 +15,9 @@ LEVELS = 1 << 16
 class CpuDropout(nn.Dropout):
     """`nn.Dropout` with 16 random bits an element, drawn 64 at a time; `p` is rounded to a 65,536th.
 
-    torch's generator gives a number at a time, on one thread: 1024 x 384 elements take 2.5 ms, here 0.5 ms. The bits follow from torch's
-    seed, so what repeats torch's random numbers repeats these: a chunk's second forward, a checkpointed block.
-    Expectation and scale are exact: what is kept is divided by the share that is kept. Not in place.
+    torch's generator gives a number at a time, on one thread: 1024 x 384 elements take 2.5 ms, here 0.5 ms. The bits
+    follow from torch's seed, so what repeats torch's random numbers repeats these: a chunk's second forward, a
+    checkpointed block. Expectation and scale are exact: what is kept is divided by the share that is. Not in place.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -56,8 +56,9 @@ def deepspeed_config(train: TrainConfig, world_size: int) -> dict[str, Any]:
     by one row from another's. Weights stay fp32 under `precision: bf16` too: the step runs the forward in
     autocast, so that what is saved is what the optimizer holds.
 
-    One worker has nobody to share with: stages 1 and 2 become 0, whose step has no flat copies to make (0.1 s
-    instead of 0.4 s of a step of 5 s of all-MiniLM-L6-v2), unless the user configures ZeRO, for instance to offload the optimizer.
+    One worker has nobody to share with: stages 1 and 2 become 0, whose step has no flat copies to make (0.1 s instead
+    of 0.4 s, of a step of 5 s of all-MiniLM-L6-v2), unless the user configures ZeRO, for instance to offload the
+    optimizer.
 
     Raises:
         InputError: the user sets what the recipe decides, to something else.

@@ -12,7 +12,7 @@ def vector(number: int, dim: int = 4) -> np.ndarray:
     return np.full(dim, number, dtype=np.float32)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=60), st.integers(0, 6))
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), max_size=40), st.integers(0, 3))
 def test_it_holds_what_was_used_last(uses: list[tuple[bool, int]], room: int):
     entry = len(b"0000") + vector(0).nbytes + 250
     cache, model = VectorCache(room * entry), []  # the model: keys, those used last at the end
@@ -28,6 +28,17 @@ def test_it_holds_what_was_used_last(uses: list[tuple[bool, int]], room: int):
                 np.testing.assert_array_equal(found, vector(number))
                 model = [*(k for k in model if k != key), key]
         assert len(cache) == len(model) and cache.bytes == len(model) * entry <= cache.max_bytes
+    for key in [b"%04d" % number for number in range(5)]:
+        assert (cache.get(key) is not None) == (key in model)
+
+
+def test_a_vector_that_was_read_outlives_one_that_was_not():
+    cache = VectorCache(2 * (1 + vector(0).nbytes + 250))
+    for number, key in enumerate((b"a", b"b")):
+        cache.put(key, vector(number))
+    cache.get(b"a")
+    cache.put(b"c", vector(2))
+    assert cache.get(b"a") is not None and cache.get(b"b") is None
 
 
 def test_what_is_kept_is_its_own_and_cannot_be_changed():

@@ -187,6 +187,42 @@ def test_a_lone_request_does_not_wait_for_others():
     asyncio.run(run())
 
 
+def test_the_time_in_the_queue_is_told_apart_from_that_in_the_engine():
+    async def run() -> None:
+        engine = Recorder()
+        async with Scheduler(engine) as scheduler:
+            occupied = await busy(scheduler, engine)
+            (waiting,) = await queued(scheduler, ["waits"])
+            await asyncio.sleep(0.1)
+            (late,) = await queued(scheduler, ["waits"])  # the same text: it waited longer than this request
+            engine.gate.set()
+            first, second, third = await asyncio.gather(occupied, waiting, late)
+        assert first.queue_s < 0.05 <= first.forward_s
+        assert second.queue_s >= 0.1 > second.forward_s
+        assert third.queue_s < 0.1
+
+    asyncio.run(run())
+
+
+def test_the_batch_size_is_found_at_warm_up_unless_it_is_given():
+    class FixedCost(FakeEngine):
+        """A call costs what 500 tokens cost: small batches are not worth it."""
+
+        def forward(self, tokens: Sequence[TokenIds]) -> Vectors:
+            self.delay_s = 0.005 + 1e-5 * sum(map(len, tokens))
+            return super().forward(tokens)
+
+    async def run() -> None:
+        async with Scheduler(FixedCost()) as scheduler:
+            await scheduler.warm_up()
+            assert scheduler.batch_tokens >= 4096
+        async with Scheduler(FixedCost(), batch_tokens=300) as scheduler:
+            await scheduler.warm_up()
+            assert scheduler.batch_tokens == 300
+
+    asyncio.run(run())
+
+
 def test_overload_is_refused_with_a_computed_wait():
     async def run() -> None:
         engine = Recorder()
