@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,17 +78,17 @@ class Ceiling:
         return len(self._tokens) / (time.perf_counter() - started)
 
 
-def served(server: Server, texts: Sequence[str], per_request: int, concurrency: int, seconds: float) -> Load:
+def served(server: Server, requests: Iterator[Sequence[str]], concurrency: int, seconds: float) -> Load:
     """A closed loop; the CPU seconds it took are put on stderr."""
     target = Target(f"{server.url}/v1/embeddings")
     before = server.cpu_s()
-    load = closed_loop(target, batched(texts, per_request), concurrency, seconds=seconds, warm_s=1.0)
+    load = closed_loop(target, requests, concurrency, seconds=seconds, warm_s=1.0)
     cpu_s = (server.cpu_s() - before) * seconds / (seconds + 1.0)
     statuses = load.statuses()
     assert set(statuses) == {200}, statuses
     print(
-        f"  {concurrency} x {per_request}: {load.texts_per_s:.0f} texts/s, p50 {load.latency_ms(50):.1f} ms, "
-        f"{1000 * cpu_s / load.texts:.2f} CPU-s per 1,000 texts",
+        f"  {concurrency} x {load.texts // statuses[200]}: {load.texts_per_s:.0f} texts/s, "
+        f"p50 {load.latency_ms(50):.1f} ms, {1000 * cpu_s / load.texts:.2f} CPU-s per 1,000 texts",
         file=sys.stderr,
     )
     return load
@@ -107,8 +107,8 @@ def ceiling_figures(quick: bool) -> list[Figure]:
             alone.turn()
             cases: dict[str, Callable[[], float]] = {
                 "alone": lambda alone=alone: alone.turn()[0],  # type: ignore[misc]
-                "many": lambda server=server, texts=texts: served(server, texts, 32, 8, seconds).texts_per_s,  # type: ignore[misc]
-                "one": lambda server=server, texts=texts: served(server, texts, 1, 64, seconds).texts_per_s,  # type: ignore[misc]
+                "many": lambda server=server, texts=texts: served(server, batched(texts, 32), 8, seconds).texts_per_s,  # type: ignore[misc]
+                "one": lambda server=server, texts=texts: served(server, batched(texts, 1), 64, seconds).texts_per_s,  # type: ignore[misc]
             }
             runs = interleaved(repeats, **cases)
         name = f"short texts, {backend} fp32, one thread"
@@ -129,7 +129,7 @@ def single_figures(quick: bool) -> list[Figure]:
     for backend in BACKENDS:
         forward_ms = raw_latency_ms(backend, texts[:200])
         with our_server(minilm(), backend=backend) as server:
-            load = served(server, texts, 1, 1, seconds)
+            load = served(server, batched(texts, 1), 1, seconds)
         name = f"one short text at a time, {backend} fp32"
         figures += [
             Figure(f"{name}: raw forward, p50", forward_ms, "ms"),
@@ -187,7 +187,7 @@ def offline_figures(quick: bool) -> list[Figure]:
             runs = interleaved(
                 repeats,
                 offline=lambda offline=offline: offline.turn()[0],  # type: ignore[misc]
-                ours=lambda server=server, texts=texts: served(server, texts, 32, 4, seconds).texts_per_s,  # type: ignore[misc]
+                ours=lambda server=server, texts=texts: served(server, batched(texts, 32), 4, seconds).texts_per_s,  # type: ignore[misc]
             )
         where = f"{name} texts, fp32, both cores"
         figures += [
@@ -205,8 +205,8 @@ def stock_figures(quick: bool) -> list[Figure]:
     with our_server(minilm(), backend="torch") as ours, stock_server(minilm()) as stock:
         runs = interleaved(
             repeats,
-            ours=lambda: served(ours, texts, 1, 64, seconds).requests_per_s,
-            stock=lambda: served(stock, texts, 1, 64, seconds).requests_per_s,
+            ours=lambda: served(ours, batched(texts, 1), 64, seconds).requests_per_s,
+            stock=lambda: served(stock, batched(texts, 1), 64, seconds).requests_per_s,
         )
         rate = 0.8 * statistics.median(runs["ours"])
         tails = {
@@ -230,14 +230,15 @@ def repeats_figures(quick: bool) -> list[Figure]:
     seconds, repeats = (3.0, 1) if quick else (10.0, 3)
     fresh = short_texts(40_000)
     halves = [text for i in range(0, len(fresh), 16) for text in (*fresh[i : i + 16], *fresh[max(0, i - 16) : i])]
+    half_known = batched(halves, 32)  # goes on from turn to turn: else the cache would know what came before
     with (
         our_server(minilm(), backend="torch") as without,
         our_server(minilm(), backend="torch", cache_mb=64) as server,
     ):
         runs = interleaved(
             repeats,
-            fresh=lambda: served(without, fresh, 32, 8, seconds).texts_per_s,
-            halves=lambda: served(server, halves[int(time.time()) % 1000 * 32 :], 32, 8, seconds).texts_per_s,
+            fresh=lambda: served(without, batched(fresh, 32), 8, seconds).texts_per_s,
+            halves=lambda: served(server, half_known, 8, seconds).texts_per_s,
         )
     name = "half of the texts repeated, 8 x 32, torch fp32"
     return [
@@ -253,7 +254,7 @@ def overload_figures(quick: bool) -> list[Figure]:
     texts = short_texts(40_000)
     with our_server(minilm(), backend="torch", max_queue_tokens=4000) as server:
         target = Target(f"{server.url}/v1/embeddings")
-        peak = served(server, texts, 8, 16, min(seconds, 15.0)).texts_per_s
+        peak = served(server, batched(texts, 8), 16, min(seconds, 15.0)).texts_per_s
         before = server.memory_mb()
         load = open_loop(target, batched(texts, 8), 3 * peak / 8, seconds=seconds)
         after = server.memory_mb()

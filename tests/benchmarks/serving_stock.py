@@ -1,9 +1,9 @@
 """The stock app: one deployment with FastAPI, pydantic and `@serve.batch`, behind Ray Serve's default proxy.
 
 python tests/benchmarks/serving_stock.py MODEL     prints its URL, serves until SIGTERM
-"""
 
-from __future__ import annotations
+Annotations are objects here, not strings: FastAPI could not find `Request` from inside a replica.
+"""
 
 import os
 import signal

@@ -77,8 +77,10 @@ def test_an_open_loop_sends_on_time_and_shows_what_is_shed(url: str):
     code, found = measured(url, "--seconds", "3", "--rate", "20")
     assert code == 0 and set(found["answers"]) == {"200"}
     assert 30 <= found["answers"]["200"] <= 95  # 60 on average
+    assert 2 <= found["seconds"] < 10
     code, found = measured(url, "--seconds", "3", "--rate", "150", "--per-request", "40")
     assert code == 0 and set(found["answers"]) == {"200", "429"}
+    assert found["texts_per_s"] == pytest.approx(40 * found["answers"]["200"] / found["seconds"], rel=0.01)
     assert 300 <= sum(found["answers"].values()) <= 600
 
 
