@@ -99,13 +99,19 @@ def _evaluate(arguments: argparse.Namespace) -> Path:
     chosen = {"data_workers": arguments.workers, "data_threads": arguments.threads}
     return evaluate(
         arguments.model,
-        output_dir=arguments.out or Path("reports") / Path(arguments.model).name,
+        output_dir=arguments.out or _report_folder(arguments.model, arguments.precision),
         tasks=tuple(arguments.tasks) or config.tasks,
         data=arguments.data or config.data,
         baseline=arguments.baseline,
         cluster=_changed(cluster, chosen),
         batch_tokens=config.batch_tokens,
+        precision=arguments.precision,
     )
+
+
+def _report_folder(model: str, precision: str) -> Path:
+    name = Path(model).name
+    return Path("reports") / (name if precision == "fp32" else f"{name}-{precision}")
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -116,7 +122,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     stdout = arguments.stdout
     recipe = _optional_recipe(arguments)
     config, cluster = (recipe.serving, recipe.cluster) if recipe else (ServingConfig(), ClusterConfig())
-    names = ("host", "port", "threads", "backend", "precision")
+    names = ("host", "port", "grpc_port", "threads", "backend", "precision")
     chosen = {name: getattr(arguments, name) for name in names}
     serve(
         arguments.model,
@@ -193,10 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="report folder (default: reports/MODEL)")
     sub.add_argument("--workers", type=int, help="encoder actors (default: 2)")
     sub.add_argument("--threads", type=int, help="threads of each actor (default: 1)")
+    sub.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="int8: the exported variant")
 
     sub = model_verb("serve", _serve, "serve a model folder over HTTP on this machine until interrupted")
     sub.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     sub.add_argument("--port", type=int, help="0: a free port (default: 8000)")
+    sub.add_argument("--grpc-port", type=int, help="port of the gRPC route (default: there is none)")
     sub.add_argument("--threads", type=int, help="threads of the model (default: 1)")
     sub.add_argument("--backend", choices=["auto", "torch", "openvino"], help="what computes (default: auto)")
     sub.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], help="of the model (default: fp32)")

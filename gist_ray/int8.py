@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gist_ray.encoder import BATCH_TOKENS, SIMILAR_LENGTH, Encoder, TokenIds, length_sorted_chunks
+from gist_ray.encoder import Encoder, TokenIds
 from gist_ray.errors import InputError
 from gist_ray.openvino_model import OpenVinoModel, converted, written
 
@@ -52,7 +52,7 @@ def quantize(encoder: Encoder, tokens: Sequence[TokenIds], folder: Path, *, thre
     logging.getLogger("nncf").setLevel(logging.ERROR)
     used = min(CALIBRATION_TEXTS, len(tokens) // 2)
     model, held_out = converted(encoder), list(tokens[used : used + MAX_GATE_TEXTS])
-    exact = _embedded(OpenVinoModel(model, encoder, threads=threads), held_out)
+    exact = OpenVinoModel(model, encoder, threads=threads).embed_sorted(held_out)
     quantized = nncf.quantize(
         model,
         nncf.Dataset([[tensor.numpy() for tensor in encoder.padded([row])] for row in tokens[:used]]),
@@ -60,7 +60,7 @@ def quantize(encoder: Encoder, tokens: Sequence[TokenIds], folder: Path, *, thre
         subset_size=used,
     )
     file = written(quantized, folder / INT8_FILE)
-    rough = _embedded(OpenVinoModel(file, encoder, threads=threads), held_out)
+    rough = OpenVinoModel(file, encoder, threads=threads).embed_sorted(held_out)
     cosines = (exact * rough).sum(1) / np.linalg.norm(rough, axis=1)
     overlap = neighbour_overlap(exact, rough, NEIGHBOURS)
     return {
@@ -115,8 +115,21 @@ def neighbour_overlap(exact: npt.NDArray[np.float32], rough: npt.NDArray[np.floa
     return float(np.mean(shared)) / neighbours
 
 
-def _embedded(model: OpenVinoModel, tokens: Sequence[TokenIds]) -> npt.NDArray[np.float32]:
-    vectors, lengths = np.empty((len(tokens), model.dim), dtype=np.float32), np.array([len(row) for row in tokens])
-    for chunk in length_sorted_chunks(lengths, BATCH_TOKENS["cpu"], similar=SIMILAR_LENGTH):
-        vectors[chunk] = model.embed([tokens[i] for i in chunk])
-    return vectors
+class Int8Encoder:
+    """The int8 variant of a model folder; `encode` as that of `Encoder`. On this machine's CPU.
+
+    Raises:
+        InputError: as `int8_file`, or OpenVINO is not installed.
+    """
+
+    def __init__(self, folder: str | Path, *, threads: int) -> None:
+        file = int8_file(folder)
+        self._encoder = Encoder.load(folder, weights=False)
+        self._model = OpenVinoModel(file, self._encoder, threads=threads)
+        self.dim, self.max_tokens, self.prompts = self._model.dim, self._encoder.max_tokens, self._encoder.prompts
+
+    def encode(
+        self, texts: Sequence[str], *, prompt: str = "", batch_tokens: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of texts, `[n, dim]` float32 of unit norm."""
+        return self._model.embed_sorted(self._encoder.tokenize(texts, prompt=prompt), batch_tokens=batch_tokens)

@@ -18,6 +18,8 @@ class ServingConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     """0: a free port."""
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the gRPC route; None: there is none."""
     min_replicas: int = Field(default=1, ge=0)
     """0: the last replica goes when nobody asks, and the next request waits for a new one."""
     max_replicas: int = Field(default=1, ge=1)

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from gist_ray.encoder import BATCH_TOKENS, Encoder, length_sorted_chunks
 from gist_ray.errors import InputError
+from gist_ray.int8 import Int8Encoder
+
+Precision = Literal["fp32", "int8"]
 
 _IN_FLIGHT = 2  # the second chunk waits at the actor while the first is computed, so the actor never idles
 _MAX_LOSSES = 3  # a chunk (or a load) that ends this many actors is itself the cause
@@ -27,12 +30,16 @@ class _EncoderActor:
     a traceback, one in a method as the exception itself.
     """
 
-    def load(self, model: str, revision: str | None, threads: int, device: str) -> dict[str, Any]:
+    def load(self, model: str, revision: str | None, threads: int, device: str, precision: Precision) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(threads)
-        self._encoder = Encoder.load(model, revision=revision, device=device)
-        encoder = self._encoder
+        encoder = (
+            Int8Encoder(model, threads=threads)
+            if precision == "int8"
+            else Encoder.load(model, revision=revision, device=device)
+        )
+        self._encoder: Encoder | Int8Encoder = encoder
         return {"dim": encoder.dim, "prompts": encoder.prompts, "max_tokens": encoder.max_tokens}
 
     def encode(self, texts: list[str], prompt: str, batch_tokens: int) -> npt.NDArray[np.float32]:
@@ -80,6 +87,7 @@ class EncoderPool:
         cpus: float = 1.0,
         gpus: float = 0.0,
         batch_tokens: int | None = None,
+        precision: Precision = "fp32",
     ) -> None:
         """Start the actors and wait until the first has loaded the model.
 
@@ -91,6 +99,7 @@ class EncoderPool:
             cpus: logical CPUs that each actor holds, may be fractional.
             gpus: GPUs that each actor holds; above 0 the model runs there.
             batch_tokens: padded tokens per forward; None: what suits the device.
+            precision: int8: the variant that `gist-ray export --int8` made, on the CPU.
 
         Raises:
             InputError: the model cannot be loaded.
@@ -99,7 +108,7 @@ class EncoderPool:
 
         path = Path(model).expanduser()
         device = "cuda" if gpus else "cpu"
-        self._load_args = (str(path.absolute()) if path.is_dir() else str(model), revision, threads, device)
+        self._load_args = (str(path.absolute()) if path.is_dir() else str(model), revision, threads, device, precision)
         self._actor_class = ray.remote(_EncoderActor).options(num_cpus=cpus, num_gpus=gpus)
         self._batch_tokens = batch_tokens or BATCH_TOKENS[device]
         self._losses = 0

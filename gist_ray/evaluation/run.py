@@ -18,8 +18,9 @@ from gist_ray.cluster import connected
 from gist_ray.config import ClusterConfig
 from gist_ray.encoder import fingerprint
 from gist_ray.errors import InputError
-from gist_ray.evaluation.pool import EncoderPool
-from gist_ray.manifest import digest_of, finished, write_json, write_manifest
+from gist_ray.evaluation.pool import EncoderPool, Precision
+from gist_ray.int8 import int8_file
+from gist_ray.manifest import digest_files, digest_of, finished, write_json, write_manifest
 from gist_ray.metrics import METRICS, read_metrics
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def evaluate(
     cluster: ClusterConfig = ClusterConfig(),  # noqa: B008 (frozen)
     batch_tokens: int | None = None,
     baseline: str | Path | None = None,
+    precision: Precision = "fp32",
 ) -> Path:
     """Score a model with MTEB on Ray actors and write a report directory.
 
@@ -56,6 +58,7 @@ def evaluate(
         cluster: `data_workers` actors with `data_threads` threads each.
         batch_tokens: padded tokens per forward; None: what suits the device.
         baseline: an earlier report directory to show scores against.
+        precision: int8: score the variant that `export --int8` made.
 
     Returns:
         `output_dir`, absolute.
@@ -65,6 +68,8 @@ def evaluate(
     """
     output = Path(output_dir).expanduser().absolute()
     identity = fingerprint(model, revision=None, max_tokens=None, pooling=None, prompt="")
+    if precision == "int8":
+        identity = {**identity, "int8": digest_files([(file := int8_file(model)), file.with_suffix(".bin")])}
     earlier = _read_report(Path(baseline).expanduser()) if baseline is not None else None
     chosen = _chosen(tasks, Path(data).expanduser() if data is not None else None)
     made_from = {
@@ -81,7 +86,7 @@ def evaluate(
         pending = [task for task in chosen if store.result(task) is None]
         notes = {task.name: task.check() for task in chosen if task.folder or task in pending}
         if pending:
-            _run(pending, store, model, cluster, batch_tokens)
+            _run(pending, store, model, cluster, batch_tokens, precision)
     summary = _summary(store, chosen, notes, earlier)
     write_json(output / REPORT, summary)
     (output / "report.html").write_text(_page(summary, _training(model)), encoding="utf-8")
@@ -167,7 +172,12 @@ class _Store:
 
 
 def _run(
-    pending: list[EvalTask], store: _Store, model: str | Path, cluster: ClusterConfig, batch_tokens: int | None
+    pending: list[EvalTask],
+    store: _Store,
+    model: str | Path,
+    cluster: ClusterConfig,
+    batch_tokens: int | None,
+    precision: Precision,
 ) -> None:
     import datasets
     from tqdm import tqdm
@@ -184,6 +194,7 @@ def _run(
             threads=cluster.data_threads,
             gpus=cluster.gpus_per_worker,
             batch_tokens=batch_tokens,
+            precision=precision,
         ) as pool,
     ):
         encoder = RayEncoder(pool, store.name, store.revision)

@@ -23,17 +23,14 @@ from types import FrameType
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from gist_ray.cluster import connected, free_port
 from gist_ray.config import ClusterConfig
 from gist_ray.encoder import fingerprint
 from gist_ray.errors import InputError
-from gist_ray.serving.api import ApiSettings, create_api
-from gist_ray.serving.autoscaling import Workload
-from gist_ray.serving.engine import load_engine
-from gist_ray.serving.scheduler import Scheduler
+from gist_ray.serving.grpc_messages import SERVICER_FUNCTION
+from gist_ray.serving.replica import HEALTH_DEADLINE_S, Replica
+from gist_ray.serving.serve_args import ServeArgs
 from gist_ray.serving_config import ServingConfig
 
 log = logging.getLogger(__name__)
@@ -44,39 +41,8 @@ MAX_ONGOING_REQUESTS = 512
 """Requests a replica holds at once. Many, so that batches fill; the queue's tokens are the real limit."""
 LOOK_BACK_S = 20.0
 """Over which the autoscaler takes the mean of what replicas report; they do every 10 s."""
-HEALTH_DEADLINE_S = 20.0
 READY_TIMEOUT_S = 60.0
 _APP_NAME = "gist-ray"
-
-
-class ServeArgs(BaseModel):
-    """The `args:` of a Serve config."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    """Model folder, on storage that every node sees, or a Hub id."""
-    model_id: str | None = Field(default=None, min_length=1)
-    """Name under which the model is served. None: the Hub id, or the name of the folder."""
-    serving: ServingConfig = ServingConfig()
-    drain_s: float = Field(default=30.0, ge=0)
-    """How long a replica that is told to stop may finish the requests it holds."""
-    local_only: bool = False
-    """Answer requests from this machine only: behind HAProxy a replica's own port is open on every interface."""
-    access_log: bool = False
-    """A line per answer in the replica's log: route, status, time, tokens; never a text."""
-
-    @field_validator("serving")
-    @classmethod
-    def _address_is_not_ours(cls, serving: ServingConfig) -> ServingConfig:
-        if address := sorted({"host", "port"} & serving.model_fields_set):
-            raise ValueError(f"{' and '.join(address)} belong in the Serve config's http_options")
-        return serving
-
-    def served_id(self) -> str:
-        """The name under which the model is served."""
-        folder = Path(self.model).expanduser()
-        return self.model_id or (folder.absolute().name if folder.is_dir() else self.model)
 
 
 @dataclass(frozen=True)
@@ -86,59 +52,12 @@ class Endpoint:
     Attributes:
         url: its root, without a slash at the end; the OpenAI base URL is `{url}/v1`.
         model_id: the name under which the model is served.
+        grpc_port: of the gRPC route on the same host; None: there is none.
     """
 
     url: str
     model_id: str
-
-
-class Replica:
-    """One copy of the model with its own HTTP ingress. Serve makes it; `build_app` says how many."""
-
-    def __init__(self, args: ServeArgs, api_key_sha256: tuple[str, ...]) -> None:
-        import ray.util
-        from ray import serve
-
-        config = args.serving
-        self._engine = load_engine(
-            args.model, backend=config.backend, precision=config.precision, threads=config.threads
-        )
-        self._scheduler = Scheduler(
-            self._engine,
-            batch_tokens=config.batch_tokens,
-            max_queue_tokens=config.max_queue_tokens,
-            cache_bytes=int(config.cache_mb * 1e6),
-        )
-        self._workload = Workload(time.monotonic())
-        name = serve.get_replica_context().replica_id.unique_id
-        own = {"127.0.0.1", "::1", ray.util.get_node_ip_address()}
-        self._settings = ApiSettings(
-            args.served_id(),
-            api_key_sha256,
-            replica=name,
-            peers=frozenset(own if args.local_only else ()),
-            access_log=args.access_log,
-        )
-
-    async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve once, before the first request."""
-        await self._scheduler.start()
-        await self._scheduler.warm_up()
-        return create_api(self._engine, self._scheduler, self._settings)
-
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve: what `replicas_for_backlog` decides by."""
-        scheduler = self._scheduler
-        forward_s = scheduler.counters.forward_seconds
-        return self._workload.report(time.monotonic(), scheduler.queued_tokens, scheduler.tokens_per_second, forward_s)
-
-    async def check_health(self) -> None:
-        """Called by Serve: a real forward, so that a stuck or broken engine is replaced."""
-        await self._scheduler.probe(HEALTH_DEADLINE_S)
-
-    async def __del__(self) -> None:
-        if hasattr(self, "_scheduler"):  # not if the model could not be loaded
-            await self._scheduler.close()
+    grpc_port: int | None = None
 
 
 def build_app(args: ServeArgs) -> Any:
@@ -149,7 +68,8 @@ def build_app(args: ServeArgs) -> Any:
     Raises:
         InputError: the model cannot be served.
     """
-    check_model(args.model)
+    for place in (args.models or {}).values():
+        check_model(place)
     return _application(args)
 
 
@@ -160,6 +80,7 @@ def _application(args: ServeArgs) -> Any:
     deployment = serve.deployment(
         name="embedder",
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        user_config={"models": args.models} if args.models else None,
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
@@ -171,6 +92,7 @@ def _application(args: ServeArgs) -> Any:
         },
         ray_actor_options={"num_cpus": config.threads},
         health_check_timeout_s=HEALTH_DEADLINE_S + 10,
+        max_surge_percent=20,  # rounded up: a new replica starts before an old one goes, also of one
         graceful_shutdown_timeout_s=args.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=3,  # a model that cannot be loaded three times will not be loaded
@@ -205,12 +127,15 @@ def serve_model(
     # A relative path would mean another folder to the replica, which starts elsewhere.
     folder = Path(model).expanduser()
     place = str(folder.absolute()) if folder.is_dir() else str(model)
-    serving = ServingConfig(**config.model_dump(exclude={"host", "port"}))
-    args = ServeArgs(model=place, model_id=model_id, serving=serving, drain_s=2, local_only=_is_loopback(config.host))
-    check_model(args.model)
+    name = model_id or (folder.absolute().name if folder.is_dir() else place)
+    serving = ServingConfig(**config.model_dump(exclude={"host", "port", "grpc_port"}))
+    args = ServeArgs(models={name: place}, serving=serving, drain_s=2, local_only=_is_loopback(config.host))
+    check_model(place)
     host, port = config.host, config.port or free_port(config.host)
-    _check_port(host, port)
-    endpoint = Endpoint(f"http://{_reachable(host)}:{port}", args.served_id())
+    for taken in (port, config.grpc_port):
+        if taken is not None:
+            _check_port(host, taken)
+    endpoint = Endpoint(f"http://{_reachable(host)}:{port}", name, config.grpc_port)
     with ExitStack() as teardown, connected(cluster):
         from ray import serve
 
@@ -224,6 +149,7 @@ def serve_model(
             serve.start(
                 proxy_location="HeadOnly",
                 http_options={"host": host, "port": port},
+                grpc_options=_grpc_options(config.grpc_port),
                 logging_config={"log_level": "WARNING", "enable_access_log": False},
             )
             serve.run(_application(args), name=_APP_NAME, route_prefix="/")
@@ -308,6 +234,10 @@ def _check_port(host: str, port: int) -> None:
             else:
                 message = f"cannot listen on {host}:{port} ({error.strerror}); choose another host or port"
             raise InputError(message) from None
+
+
+def _grpc_options(port: int | None) -> dict[str, Any] | None:
+    return None if port is None else {"port": port, "grpc_servicer_functions": [SERVICER_FUNCTION]}
 
 
 def _is_loopback(host: str) -> bool:

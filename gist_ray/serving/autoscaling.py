@@ -30,14 +30,17 @@ def replicas_for_backlog(context: Any) -> tuple[int, dict[str, Any]]:
 
 
 class Workload:
-    """What a replica reports, from its scheduler's counters."""
+    """What a replica reports, from its schedulers' counters."""
 
     def __init__(self, now_s: float) -> None:
         self._asked_s, self._forward_s = now_s, 0.0
 
-    def report(self, now_s: float, queued_tokens: int, tokens_per_second: float, forward_s: float) -> dict[str, float]:
-        """`queue_s`: seconds that the waiting tokens will take. `busy`: share of the time since the last report."""
+    def report(self, now_s: float, queue_s: float, forward_s: float) -> dict[str, float]:
+        """`queue_s`: seconds that the waiting tokens will take. `busy`: share of the time since the last report.
+
+        Seconds of a model that was swapped out are gone from `forward_s`: that report counts too little.
+        """
         passed, computed = now_s - self._asked_s, forward_s - self._forward_s
         self._asked_s, self._forward_s = now_s, forward_s
         busy = min(1.0, max(0.0, computed / passed)) if passed > 0 else 0.0
-        return {"queue_s": queued_tokens / max(1e-9, tokens_per_second), "busy": busy}
+        return {"queue_s": queue_s, "busy": busy}

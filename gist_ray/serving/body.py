@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from gist_ray.serving import schema
-from gist_ray.serving.schema import ApiError
+from gist_ray.serving.api_error import ApiError, field_error
 
 DISCARD_FACTOR = 8
 """A body over the limit is read and thrown away, up to so many limits: most clients read an answer only when
@@ -31,7 +30,7 @@ async def parsed(request: Request, model: type[Model], limit: int) -> Model:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise _field_error(error) from None
+        raise field_error(error) from None
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -61,17 +60,3 @@ def _decoded(body: bytes) -> Any:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _field_error(error: ValidationError) -> ApiError:
-    """The first problem, with the place where it is; never the value."""
-    problem = error.errors(include_input=False, include_url=False)[0]
-    param = ".".join(str(part) for part in problem["loc"])[:100]
-    if problem["type"] == "extra_forbidden":
-        message = f"`{param}` is not a field of this request; see /docs for those there are"
-    elif problem["type"] == "missing":
-        message = f"`{param}` is missing"
-    else:
-        message = f"`{param}`: {problem['msg']}"
-    status = schema.STATUS_OF_PROBLEM.get(problem["type"], 422)
-    return ApiError(status, message, param=param, code=problem["type"])

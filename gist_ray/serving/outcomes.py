@@ -35,7 +35,11 @@ class ForwardFailed(Exception):
 
 
 class Closed(Exception):
-    """The scheduler is not running."""
+    """The scheduler is not running, or no model is loaded."""
+
+
+class UnknownModel(Exception):
+    """No model of that name is served here."""
 
 
 @dataclass(frozen=True)

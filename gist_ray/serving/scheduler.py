@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -79,6 +81,7 @@ class Scheduler:
         max_queue_tokens: tokens that may wait; above it `embed` raises Overloaded.
         window_batches: how many batches are sorted together; see `lanes.py` for what it bounds.
         cache_bytes: what the vectors of past texts may take; 0: they are not kept.
+        turn: held during each forward. Schedulers with the same one compute in turn: their CPUs are the same.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Scheduler:
         max_queue_tokens: int = 200_000,
         window_batches: int = 8,
         cache_bytes: int = 0,
+        turn: threading.Lock | None = None,
     ) -> None:
         self.engine = engine
         self.max_queue_tokens = max_queue_tokens
@@ -99,6 +103,8 @@ class Scheduler:
         self._lanes = Lanes(batch_tokens or UNTUNED_BATCH_TOKENS, window_batches)
         self._in_flight: dict[bytes, Text] = {}
         self._work = asyncio.Event()
+        self._asking, self._nobody_asks = 0, asyncio.Event()
+        self._turn = turn or threading.Lock()
         self._loop_task: asyncio.Task[None] | None = None
         self._warm = False
         # One thread each: a fast tokenizer may not be used by two threads at once, and one forward at a time
@@ -127,6 +133,13 @@ class Scheduler:
         self._tokenizer.shutdown(wait=False, cancel_futures=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
 
+    async def drain(self) -> None:
+        """Stop when those who ask now have their answers. Who asks from now on may get Closed."""
+        while self._asking:
+            self._nobody_asks.clear()
+            await self._nobody_asks.wait()
+        await self.close()
+
     @property
     def batch_tokens(self) -> int:
         """Padded tokens per forward."""
@@ -154,9 +167,7 @@ class Scheduler:
         short, longest = await self._in_thread(self._tokenizer, self.engine.tokenize, texts)
 
         def seconds(rows: int, length: int) -> float:
-            started = time.perf_counter()
-            self._forward([longest[:length]] * rows)
-            took = time.perf_counter() - started
+            _, took = self._forward([longest[:length]] * rows)
             self._measure(rows * length, took)
             return took
 
@@ -193,6 +204,10 @@ class Scheduler:
             ForwardFailed: the engine failed on a batch with one of these texts.
             Closed: the scheduler is not running.
         """
+        with self._someone_asks():
+            return await self._embed(texts, prompt, truncate)
+
+    async def _embed(self, texts: Sequence[str], prompt: str, truncate: bool) -> Embeddings:
         self._admit(1)  # a full queue is refused before tokenizing is paid for
         started = time.perf_counter()
         work = partial(self.engine.tokenize, texts, prompt=prompt, truncate=truncate)
@@ -219,7 +234,18 @@ class Scheduler:
     async def pieces(self, texts: Sequence[str], *, prompt: str, special: bool) -> list[list[Piece]]:
         """`Engine.pieces`, in the thread that tokenizes: a tokenizer may not be used by two at once."""
         work = partial(self.engine.pieces, texts, prompt=prompt, special=special)
-        return await self._in_thread(self._tokenizer, work)
+        with self._someone_asks():
+            return await self._in_thread(self._tokenizer, work)
+
+    @contextmanager
+    def _someone_asks(self) -> Iterator[None]:
+        self._asking += 1
+        try:
+            yield
+        finally:
+            self._asking -= 1
+            if not self._asking:
+                self._nobody_asks.set()
 
     @property
     def _running(self) -> bool:
@@ -302,20 +328,24 @@ class Scheduler:
             for request in text.rows:
                 request.queue_s = max(request.queue_s, started - max(text.queued_at, request.queued_at))
         try:
-            vectors = await self._in_thread(self._executor, self._forward, [text.ids for text in batch])
+            vectors, seconds = await self._in_thread(self._executor, self._forward, [text.ids for text in batch])
         except Exception as error:
             log.exception("forward failed on a batch of %d texts", len(batch))  # never the texts themselves
             self.counters.batches_failed += 1
             self._fail(batch, ForwardFailed(f"the model failed on this input ({type(error).__name__})"))
         else:
-            self._count(batch, time.perf_counter() - started)
+            self._count(batch, seconds)
             self._deliver(batch, vectors)
 
-    def _forward(self, tokens: list[TokenIds]) -> Vectors:
-        vectors = self.engine.finish(self.engine.forward(tokens))
+    def _forward(self, tokens: list[TokenIds]) -> tuple[Vectors, float]:
+        """Vectors, and the seconds that they took: not those of waiting for the turn."""
+        with self._turn:
+            started = time.perf_counter()
+            vectors = self.engine.finish(self.engine.forward(tokens))
+            seconds = time.perf_counter() - started
         if vectors.shape != (len(tokens), self.engine.dim) or not np.isfinite(vectors).all():
             raise ValueError(f"engine returned shape {vectors.shape} or NaN/inf for {len(tokens)} texts")
-        return vectors
+        return vectors, seconds
 
     def _deliver(self, batch: list[Text], vectors: Vectors) -> None:
         for text, vector in zip(batch, vectors, strict=True):

@@ -6,7 +6,6 @@ common clients send without effect here (`user`) are listed as such.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,9 +26,6 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 """Largest request body."""
 MAX_TEXTS = 2048
 """Most texts in one request, as OpenAI."""
-
-STATUS_OF_PROBLEM = {"empty_input": 400, "token_ids": 400, "too_many_texts": 413}
-"""Our own validation problems that are not 422."""
 
 
 def _texts(value: Any) -> list[str]:
@@ -79,23 +75,6 @@ def _text(value: Any) -> str:
     return _texts(value)[0]
 
 
-class ApiError(Exception):
-    """An answer other than 2xx. `param` is the field at fault, `code` a word for programs."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers: dict[str, str] = {}
-
-
-def error_text(error: ApiError) -> str:
-    """The OpenAI error object as JSON, in ASCII: a message may quote a field name that is no Unicode."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = "server_error" if error.status >= 500 else kinds.get(error.status, "invalid_request_error")
-    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-    return json.dumps({"error": body})
-
-
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _LIST_SCHEMA = {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1, "maxItems": MAX_TEXTS}
 Texts = Annotated[list[str], BeforeValidator(_texts), WithJsonSchema({"anyOf": [_TEXT_SCHEMA, _LIST_SCHEMA]})]
@@ -112,7 +91,7 @@ class OpenAIRequest(_Request):
 
     input: Texts
     model: StrictStr | None = None
-    """The served id; None: the one model there is."""
+    """The name of a served model; None: the first."""
     encoding_format: Literal["float", "base64"] | None = None
     """None: float. base64: little-endian float32."""
     dimensions: Dimensions | None = None
@@ -141,6 +120,8 @@ class TeiRequest(_Request):
     dimensions: Dimensions | None = None
     output_dtype: OutputType | None = None
     """Extension, as in `/v1/embeddings`."""
+    model: StrictStr | None = None
+    """Extension: the name of a served model; None: the first."""
 
 
 class SimilarityInputs(_Request):
@@ -163,6 +144,8 @@ class SimilarityRequest(_Request):
 
     inputs: SimilarityInputs
     parameters: SimilarityParameters | None = None
+    model: StrictStr | None = None
+    """Extension: the name of a served model; None: the first."""
 
 
 class TokenizeRequest(_Request):
@@ -171,6 +154,8 @@ class TokenizeRequest(_Request):
     inputs: Texts
     add_special_tokens: StrictBool = True
     prompt_name: StrictStr | None = None
+    model: StrictStr | None = None
+    """Extension: the name of a served model; None: the first."""
 
 
 class ErrorBody(BaseModel):

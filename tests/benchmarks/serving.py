@@ -1,9 +1,10 @@
-"""The endpoint beside its own engine, sentence-transformers offline and a stock Ray Serve app.
+"""The endpoint beside its own engine, sentence-transformers offline, a stock Ray Serve app and Infinity.
 
     python tests/benchmarks/serving.py [--quick] --json OUT [--only ceiling offline stock single repeats overload ...]
 
-Full: about 20 minutes on two cores. The client shares the machine with the server. Needs the shared data folder beside
-the project and the dev extra. One replica; caches are off but where repeats are the subject.
+Full: about 40 minutes on two cores. The client shares the machine with the server. Needs the shared data folder beside
+the project and the dev extra; `infinity` needs an environment of its own, see `serving_infinity.py`. One replica;
+caches are off but where repeats are the subject.
 """
 
 from __future__ import annotations
@@ -11,45 +12,23 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
-import pyarrow.parquet as pq
-from data import SHARED, minilm
+from data import minilm
 from figures import Figure, interleaved, main, median_figure, ratios
-from serving_servers import Server, our_server, stock_server
+from serving_infinity import infinity_figures
+from serving_int8 import int8_figures
+from serving_load import Target, batched, mixed_texts, open_loop, served, short_texts
+from serving_offline import Offline
+from serving_servers import our_server, stock_server
 from training_processes import Group
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "serve"))
-from loadtest import Load, Target, batched, closed_loop, open_loop
 
 from gist_ray.encoder import length_sorted_chunks
 from gist_ray.serving.engine import load_engine
 from gist_ray.serving.tuning import tuned_batch_tokens
 
 BACKENDS = ("torch", "openvino")
-
-
-def short_texts(count: int) -> list[str]:
-    """e-SNLI sentences of 10 to 14 words, all different."""
-    table = pq.read_table(SHARED / "train" / "esnli.parquet", columns=["query", "pos"])
-    texts = dict.fromkeys(text for column in table.columns for text in column.to_pylist())
-    return [text for text in texts if 10 <= len(text.split()) <= 14][:count]
-
-
-def mixed_texts(count: int) -> list[str]:
-    """SciFact abstracts and queries in turn, as one meets them: long and short, all different."""
-    import gzip
-    import json
-
-    def lines(name: str) -> list[dict[str, str]]:
-        with gzip.open(SHARED / "eval" / "SciFact" / name, "rt") as file:
-            return [json.loads(line) for line in file]
-
-    abstracts = [row["text"] for row in lines("corpus.jsonl.gz")]
-    queries = short_texts(len(abstracts))
-    return [text for pair in zip(abstracts, queries, strict=False) for text in pair][:count]
 
 
 class Ceiling:
@@ -76,22 +55,6 @@ class Ceiling:
         for batch in self._batches:
             self._engine.finish(self._engine.forward(batch))
         return len(self._tokens) / (time.perf_counter() - started)
-
-
-def served(server: Server, requests: Iterator[Sequence[str]], concurrency: int, seconds: float) -> Load:
-    """A closed loop; the CPU seconds it took are put on stderr."""
-    target = Target(f"{server.url}/v1/embeddings")
-    before = server.cpu_s()
-    load = closed_loop(target, requests, concurrency, seconds=seconds, warm_s=1.0)
-    cpu_s = (server.cpu_s() - before) * seconds / (seconds + 1.0)
-    statuses = load.statuses()
-    assert set(statuses) == {200}, statuses
-    print(
-        f"  {concurrency} x {load.texts // statuses[200]}: {load.texts_per_s:.0f} texts/s, "
-        f"p50 {load.latency_ms(50):.1f} ms, {1000 * cpu_s / load.texts:.2f} CPU-s per 1,000 texts",
-        file=sys.stderr,
-    )
-    return load
 
 
 def ceiling_figures(quick: bool) -> list[Figure]:
@@ -158,20 +121,6 @@ class OneByOne:
             self._engine.finish(self._engine.forward([row]))
             times.append(1000 * (time.perf_counter() - started))
         return statistics.median(times[len(self._tokens) :])
-
-
-class Offline:
-    """`SentenceTransformer.encode`, batch 32, both cores."""
-
-    def __init__(self, rank: int, size: int, model: str, texts: list[str]) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        self._model, self._texts = SentenceTransformer(model, device="cpu"), texts
-
-    def __call__(self) -> float:
-        started = time.perf_counter()
-        self._model.encode(self._texts, batch_size=32, show_progress_bar=False)
-        return len(self._texts) / (time.perf_counter() - started)
 
 
 def offline_figures(quick: bool) -> list[Figure]:
@@ -281,5 +230,7 @@ if __name__ == "__main__":
             "stock": stock_figures,
             "repeats": repeats_figures,
             "overload": overload_figures,
+            "int8": int8_figures,
+            "infinity": infinity_figures,
         },
     )

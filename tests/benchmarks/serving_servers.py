@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 
 _OURS = """
@@ -66,13 +67,29 @@ def stock_server(model: str | Path) -> Iterator[Server]:
 
 
 @contextmanager
-def running(command: list[str]) -> Iterator[Server]:
-    """A server that prints its URL when it answers; ended by SIGTERM."""
+def infinity_server(python: str, model: str | Path, *options: str) -> Iterator[Server]:
+    """infinity-emb on both cores, of the environment of `python`."""
+    from gist_ray.cluster import free_port
+
+    port = free_port()
+    place = ["--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1"]
+    named = ["--model-id", str(model), "--served-model-name", "model", "--device", "cpu"]
+    command = [str(Path(python).with_name("infinity_emb")), "v2", *place, *named, *options]
+    with running(command, url=f"http://127.0.0.1:{port}", ready="/health") as server:
+        yield server
+
+
+@contextmanager
+def running(command: list[str], *, url: str = "", ready: str = "") -> Iterator[Server]:
+    """A server that prints its URL when it answers, or answers 200 at `url` + `ready` then; ended by SIGTERM."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     try:
         assert process.stdout
-        url = process.stdout.readline().strip()
+        if ready:
+            _wait(url + ready, process)
+        else:
+            url = process.stdout.readline().strip()
         if not url.startswith("http"):
             raise RuntimeError(f"{command[:3]} did not start: {url!r}")
         time.sleep(1)  # what starts beside it settles
@@ -83,3 +100,14 @@ def running(command: list[str]) -> Iterator[Server]:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def _wait(url: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(url, trust_env=False).status_code == 200:
+                return
+        except httpx.HTTPError:
+            time.sleep(0.5)
+    raise RuntimeError(f"{url} did not answer")

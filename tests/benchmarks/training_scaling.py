@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -31,14 +33,19 @@ def with_train(recipe: Recipe, **train: Any) -> Recipe:
 
 
 def scaling_figures(quick: bool) -> list[Figure]:
-    """Seconds of the same steps on one worker of one thread and on two, in turn."""
+    """Seconds of the same steps on one worker of one thread and on two, in turn.
+
+    Beside them two single workers that know nothing of each other, at the same time: what the machine's cores take
+    from each other (caches, memory, clock), which no way of dealing out the work could give back.
+    """
     batch_size, batches, repeats = (16, 1, 1) if quick else (256, 2, 3)
     rows = real_rows(SHORT, batch_size * batches)
     recipe = recipe_for("scaling", str(minilm()), train={"batch_size": batch_size})
     write_shards(recipe, rows, embedder(str(minilm())))
     figures = []
-    with Group(Training, recipe, threads=1) as alone:
+    with Group(Training, recipe, threads=1) as alone, Group(Training, recipe, threads=1) as other:
         alone.turn("warm")
+        other.turn("warm")
         for stage in (0,) if quick else (0, 1, 2):
             with Group(Training, with_train(recipe, zero_stage=stage), size=2, threads=1) as both:
                 both.turn("warm")
@@ -46,15 +53,24 @@ def scaling_figures(quick: bool) -> list[Figure]:
                     repeats if stage == 0 else 1,
                     one=lambda: epoch_seconds("1 worker", alone),
                     two=lambda group=both, name=stage: epoch_seconds(f"2 workers, ZeRO {name}", group),
+                    beside=lambda: beside_each_other(alone, other),
                 )
             efficiency = [one / (2 * two) for one, two in zip(runs["one"], runs["two"], strict=True)]
+            machine = [one / beside for one, beside in zip(runs["one"], runs["beside"], strict=True)]
             what = f"2 workers / 1 worker, 1 thread each, batch {batch_size}, e-SNLI, ZeRO {stage}"
             figures += [
                 median_figure(f"{what}: seconds per row, 1 worker", runs["one"], "s"),
                 median_figure(f"{what}: seconds per row, 2 workers", runs["two"], "s"),
                 median_figure(f"{what}: efficiency", efficiency, "", ">= 0.9" if stage == 0 else None),
+                median_figure(f"{what}: two single workers beside each other / 1 worker", machine, ""),
             ]
     return figures
+
+
+def beside_each_other(one: Group, other: Group) -> float:
+    """Seconds per row of an epoch, of the slower of two single workers at the same time."""
+    with ThreadPoolExecutor(2) as threads:
+        return max(threads.map(functools.partial(epoch_seconds, "1 worker beside another"), (one, other)))
 
 
 def epoch_seconds(name: str, group: Group) -> float:

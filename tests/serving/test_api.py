@@ -8,24 +8,48 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from typing import Any
 
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from gist_ray.serving.api import create_api
 from gist_ray.serving.fake_engine import FakeEngine
+from gist_ray.serving.gate import Access
+from gist_ray.serving.measures import Measures
+from gist_ray.serving.models import Models
 from gist_ray.serving.outcomes import Overloaded
-from tests.serving.served import OPENAI, expect_error, serving
+from gist_ray.serving.scheduler import Scheduler
+from tests.serving.served import OPENAI, client_of, expect_error, serving
 
 
-def test_not_ready_until_warm():
-    async def test(client, scheduler) -> None:
-        assert (await client.get("/health")).status_code == 200
-        assert expect_error(await client.get("/ready"), 503)["type"] == "server_error"
-        await scheduler.warm_up()
-        assert (await client.get("/ready")).status_code == 200
-        await scheduler.close()
-        expect_error(await client.get("/ready"), 503)
-        expect_error(await client.post(OPENAI, json={"input": "a"}), 503)
+def test_not_ready_until_a_model_is_warm():
+    may_load = threading.Event()
 
-    serving(test, warm=False)
+    def load(place: str) -> FakeEngine:
+        assert may_load.wait(60)
+        return FakeEngine()
+
+    async def run() -> None:
+        models = Models(load, Scheduler)
+        async with client_of(create_api(models, Measures(models, ""), Access())) as client:
+            loading = asyncio.create_task(models.replace({"org/demo": "a-place"}))
+            await asyncio.sleep(0.05)
+            assert (await client.get("/health")).status_code == 200
+            assert expect_error(await client.get("/ready"), 503)["type"] == "server_error"
+            for path in ("/", "/info"):
+                expect_error(await client.get(path), 503)
+            expect_error(await client.post(OPENAI, json={"input": "a"}), 503)
+            may_load.set()
+            await loading
+            assert (await client.get("/ready")).status_code == 200
+            assert (await client.post(OPENAI, json={"input": "a"})).status_code == 200
+            await models.close()
+            expect_error(await client.get("/ready"), 503)
+            expect_error(await client.post(OPENAI, json={"input": "a"}), 503)
+
+    asyncio.run(run())
 
 
 def test_unknown_models_routes_and_methods():
@@ -66,6 +90,32 @@ def test_api_keys():
     serving(test, api_key_sha256=digests)
 
 
+def test_below_a_route_prefix():
+    """Serve mounts an application at its `route_prefix`."""
+    digest = hashlib.sha256(b"key").hexdigest()
+
+    async def run() -> None:
+        models = Models(lambda place: FakeEngine(), Scheduler)
+        await models.replace({"org/demo": "a-place"})
+        measures = Measures(models, "")
+        app = create_api(models, measures, Access((digest,)))
+        async with client_of(Starlette(routes=[Mount("/canary", app)])) as client:
+            key = {"authorization": "Bearer key"}
+            assert (await client.get("/canary/ready")).status_code == 200
+            assert (await client.get("/canary/")).status_code == 200
+            expect_error(await client.post("/canary/embed", json={"inputs": "a"}), 401)
+            for path, ask in (("/canary/embed", {"inputs": "a"}), ("/canary/", {"inputs": "a"})):
+                assert len((await client.post(path, json=ask, headers=key)).json()) == 1
+            error = expect_error(
+                await client.post("/canary/v1/embeddings", json={"input": ["a" * 9] * 9999}, headers=key), 413
+            )
+            assert error["param"] == "input"
+        assert 'route="/embed",status="200"} 1.0' in measures.text().decode()
+        await models.close()
+
+    asyncio.run(run())
+
+
 def test_overload_says_when_to_come_back(monkeypatch):
     async def test(client, scheduler) -> None:
         async def refuse(*args: Any, **kwargs: Any) -> None:
@@ -93,20 +143,27 @@ def test_under_overload_every_request_is_answered_or_shed():
 
 def test_a_fault_of_the_engine_is_a_500_without_details(caplog):
     class Broken(FakeEngine):
-        def forward(self, tokens):
-            raise RuntimeError("secret detail")
+        broken = ""
 
-    class BrokenTokenizer(FakeEngine):
+        def forward(self, tokens):
+            if self.broken == "forward":
+                raise RuntimeError("secret detail")
+            return super().forward(tokens)
+
         def tokenize(self, texts, *, prompt="", truncate=True):
-            raise RuntimeError("secret detail")
+            if self.broken == "tokenize":
+                raise RuntimeError("secret detail")
+            return super().tokenize(texts, prompt=prompt, truncate=truncate)
 
     async def test(client, scheduler) -> None:
-        answer = await client.post(OPENAI, json={"input": "private words"})
-        assert expect_error(answer, 500)["type"] == "server_error"
-        assert "secret" not in answer.text and "private" not in caplog.text
+        for scheduler.engine.broken in ("forward", "tokenize"):
+            answer = await client.post(OPENAI, json={"input": "private words"})
+            assert expect_error(answer, 500)["type"] == "server_error"
+            assert "secret" not in answer.text and "private" not in caplog.text
+            assert "secret detail" in caplog.text  # for who reads the log
+            caplog.clear()
 
-    serving(test, engine=Broken(), warm=False)
-    serving(test, engine=BrokenTokenizer(), warm=False)
+    serving(test, engine=Broken())
 
 
 def test_the_page_needs_no_key_and_nothing_from_elsewhere():
@@ -144,14 +201,14 @@ def test_the_access_log_has_no_texts_and_no_keys(caplog):
         await client.post(OPENAI, json={"input": "private words"}, headers=headers)
         await client.get("/private-path?and=query", headers=headers)
 
-    with caplog.at_level("INFO", logger="gist_ray.serving.api"):
+    with caplog.at_level("INFO", logger="gist_ray.serving.gate"):
         serving(test, api_key_sha256=(digest,), access_log=True)
-        lines = [record.getMessage() for record in caplog.records if record.name == "gist_ray.serving.api"]
+        lines = [record.getMessage() for record in caplog.records if record.name == "gist_ray.serving.gate"]
         assert len(lines) == 2 and re.fullmatch(r"POST /v1/embeddings 200 [0-9.]+ ms 4 tokens", lines[0])
         assert re.fullmatch(r"GET other 404 [0-9.]+ ms 0 tokens", lines[1])
         caplog.clear()
         serving(test, api_key_sha256=(digest,))
-        assert not [record for record in caplog.records if record.name == "gist_ray.serving.api"]
+        assert not [record for record in caplog.records if record.name == "gist_ray.serving.gate"]
 
 
 def test_the_api_does_not_need_ray():

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from gist_ray.cluster import free_port
 from gist_ray.config import ClusterConfig
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
-from gist_ray.serving.app import Endpoint, ServeArgs, build_app, serve_model
+from gist_ray.serving.app import Endpoint, build_app, serve_model
+from gist_ray.serving.grpc_messages import SERVICER_FUNCTION, EmbedRequest, stub
+from gist_ray.serving.serve_args import ServeArgs, UserConfig
 from gist_ray.serving_config import ServingConfig
 
 SERVE = Path(__file__).parent.parent.parent / "serve"
@@ -36,7 +39,8 @@ TEXTS = [f"text {i}: " + "the quick brown fox jumps over the lazy dog " * (i % 9
 def endpoint(minilm: Path, ray_session: None) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIST_RAY_API_KEYS", f"another, {KEY}")
-        with serve_model(minilm, ServingConfig(port=0, batch_tokens=512), model_id="org/minilm") as running:
+        config = ServingConfig(port=0, grpc_port=free_port(), batch_tokens=512)
+        with serve_model(minilm, config, model_id="org/minilm") as running:
             yield running
 
 
@@ -83,6 +87,22 @@ def test_vectors_do_not_depend_on_who_else_asks(client, encoder):
     assert 'route="/embed",status="200"} 60' in metrics
 
 
+def test_grpc_client(endpoint, encoder):
+    with grpc.insecure_channel(f"127.0.0.1:{endpoint.grpc_port}") as channel:
+        embed, key = stub(channel), ("authorization", f"Bearer {KEY}")
+        application = ("application", "gist-ray")
+        answer = embed(EmbedRequest(texts=TEXTS), metadata=[application, key], timeout=60)
+        vectors = np.frombuffer(answer.vectors, "<f4").reshape(-1, answer.dim)
+        np.testing.assert_allclose(vectors, encoder.encode(TEXTS), atol=1e-5)
+        for request, metadata, code in (
+            (EmbedRequest(texts=["a"]), [application], grpc.StatusCode.UNAUTHENTICATED),
+            (EmbedRequest(texts=[""]), [application, key], grpc.StatusCode.INVALID_ARGUMENT),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                embed(request, metadata=metadata, timeout=60)
+            assert caught.value.code() == code
+
+
 def test_bad_input_over_the_wire(client):
     headers = {"content-type": "application/json"}
     body = b'{"input": "' + b"a" * (9 << 20) + b'"}'
@@ -116,7 +136,7 @@ def test_bad_models_are_refused_before_ray_starts(tmp_path, minilm):
             with serve_model(model, ServingConfig(port=0), ClusterConfig(address="no-such-cluster:1")):
                 pass
         with pytest.raises(InputError):
-            build_app(ServeArgs(model=str(model)))
+            build_app(ServeArgs(models={"m": str(model)}))
 
 
 def test_a_port_in_use_is_refused_before_ray_starts(minilm):
@@ -135,24 +155,32 @@ def test_a_port_in_use_is_refused_before_ray_starts(minilm):
 
 def test_serve_args():
     with pytest.raises(ValidationError, match="threds"):
-        ServeArgs.model_validate({"model": "m", "serving": {"threds": 2}})
-    with pytest.raises(ValidationError, match="http_options"):
-        ServeArgs.model_validate({"model": "m", "serving": {"port": 9000}})
-    assert ServeArgs(model="org/name").served_id() == "org/name"
-    assert ServeArgs(model=str(SERVE)).served_id() == "serve"
+        ServeArgs.model_validate({"serving": {"threds": 2}})
+    for field in ("port", "grpc_port"):
+        with pytest.raises(ValidationError, match="http_options"):
+            ServeArgs.model_validate({"serving": {field: 9000}})
+    for models in ({}, {"": "a"}, {"a": ""}, ["a"]):
+        with pytest.raises(ValidationError, match="models"):
+            UserConfig.model_validate({"models": models})
+    assert UserConfig.model_validate({"models": {"b": "x", "a": "y"}}).models == {"b": "x", "a": "y"}
 
 
-def test_the_shipped_config_is_valid(minilm):
+@pytest.mark.parametrize("name", ["config.yaml", "several-models.yaml", "canary.yaml"])
+def test_the_shipped_configs_are_valid(name: str):
     from ray.serve.schema import ServeDeploySchema
 
-    config = yaml.safe_load((SERVE / "config.yaml").read_text())
+    config = yaml.safe_load((SERVE / name).read_text())
     schema = ServeDeploySchema.model_validate(config)
-    application = schema.applications[0]
-    assert application.import_path == "gist_ray.serving.app:build_app"
     assert schema.http_options.host == "127.0.0.1"
-    ServeArgs.model_validate(application.args)
-    known = set(ServeDeploySchema.model_fields), set(type(application).model_fields)
-    assert set(config) <= known[0] and set(config["applications"][0]) <= known[1]
+    assert set(config) <= set(ServeDeploySchema.model_fields)
+    assert set(schema.grpc_options.grpc_servicer_functions) <= {SERVICER_FUNCTION}
+    for application, given in zip(schema.applications, config["applications"], strict=True):
+        assert application.import_path == "gist_ray.serving.app:build_app"
+        assert set(given) <= set(type(application).model_fields)
+        ServeArgs.model_validate(application.args)
+        (deployment,) = application.deployments
+        assert deployment.name == "embedder"
+        assert UserConfig.model_validate(deployment.user_config).models
 
 
 def test_serve_ends_cleanly_on_a_signal(minilm):

@@ -50,6 +50,7 @@ def test_without_reports_yet_requests_alone_count():
 
 def test_a_replica_reports_what_waits_and_how_busy_it_was():
     workload = Workload(now_s=100.0)
-    assert workload.report(110.0, 500, 1000.0, forward_s=4.0) == {"queue_s": 0.5, "busy": 0.4}
-    assert workload.report(120.0, 0, 1000.0, forward_s=14.0) == {"queue_s": 0.0, "busy": 1.0}
-    assert workload.report(120.0, 0, 1000.0, forward_s=14.0)["busy"] == 0.0
+    assert workload.report(110.0, 0.5, forward_s=4.0) == {"queue_s": 0.5, "busy": 0.4}
+    assert workload.report(120.0, 0.0, forward_s=14.0) == {"queue_s": 0.0, "busy": 1.0}
+    assert workload.report(120.0, 0.0, forward_s=14.0)["busy"] == 0.0
+    assert workload.report(130.0, 0.0, forward_s=3.0)["busy"] == 0.0  # a model was swapped out

@@ -131,7 +131,7 @@ def test_no_json_makes_a_server_error(body, route):
             assert answer.status_code in (400, 404, 413, 422)
             expect_error(answer, answer.status_code)
 
-    serving(test, warm=False)
+    serving(test)
 
 
 @settings(max_examples=40, deadline=None)
@@ -142,4 +142,4 @@ def test_no_bytes_make_a_server_error(body):
         assert answer.status_code in (400, 422)
         expect_error(answer, answer.status_code)
 
-    serving(test, warm=False)
+    serving(test)

@@ -18,16 +18,20 @@ from gist_ray.cluster import free_port
 LOADTEST = Path(__file__).parents[2] / "serve" / "loadtest.py"
 SERVER = """
 import asyncio, sys, uvicorn
-from gist_ray.serving.api import ApiSettings, create_api
+from functools import partial
+from gist_ray.serving.api import create_api
 from gist_ray.serving.fake_engine import FakeEngine
+from gist_ray.serving.gate import Access
+from gist_ray.serving.measures import Measures
+from gist_ray.serving.models import Models
 from gist_ray.serving.scheduler import Scheduler
 
 async def main():
-    engine = FakeEngine(delay_s=0.02)
-    async with Scheduler(engine, batch_tokens=512, max_queue_tokens=2000) as scheduler:
-        await scheduler.warm_up()
-        app = create_api(engine, scheduler, ApiSettings("fake", (sys.argv[2],)))
-        await uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[1]), log_level="warning")).serve()
+    schedule = partial(Scheduler, batch_tokens=512, max_queue_tokens=2000)
+    models = Models(lambda place: FakeEngine(delay_s=0.02), schedule)
+    await models.replace({"fake": "nowhere"})
+    app = create_api(models, Measures(models, ""), Access((sys.argv[2],)))
+    await uvicorn.Server(uvicorn.Config(app, port=int(sys.argv[1]), log_level="warning")).serve()
 
 asyncio.run(main())
 """

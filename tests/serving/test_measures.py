@@ -31,7 +31,7 @@ def test_metrics():
 
         for family in families.values():
             for sample in family.samples:
-                assert (sample.labels["model"], sample.labels["replica"]) == ("org/demo", "r1")
+                assert sample.labels["replica"] == "r1" and sample.labels.get("model", "org/demo") == "org/demo"
         assert value("gist_ray_requests_total", route="/v1/embeddings", status="200") == 1
         assert value("gist_ray_requests_total", route="/v1/embeddings", status="400") == 1
         assert value("gist_ray_requests_total", route="other", status="404") == 1
@@ -42,7 +42,7 @@ def test_metrics():
         assert value("gist_ray_batch_tokens_total") == 7 and value("gist_ray_padded_tokens_total") == 8
         assert value("gist_ray_padding_ratio") == pytest.approx(1 / 8)
         assert value("gist_ray_queue_tokens") == 0 and value("gist_ray_ready") == 1
-        assert value("gist_ray_request_texts_sum") == 3
+        assert value("gist_ray_request_texts_sum", model="org/demo") == 3 and value("gist_ray_failed_swaps_total") == 0
         for phase in ("tokenize", "queue", "forward", "serialize"):
             assert value("gist_ray_phase_seconds_count", phase=phase) == 1
 

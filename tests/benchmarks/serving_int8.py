@@ -1,0 +1,90 @@
+"""The int8 variant: how fast it is over HTTP, and what it costs in MTEB scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from data import SHARED, minilm
+from figures import Figure, interleaved, median_figure, ratios
+from serving_load import batched, mixed_texts, served, short_texts
+from serving_offline import Offline
+from serving_servers import our_server
+from training_processes import Group
+
+CALIBRATION_ROWS = 3000
+
+
+@cache
+def int8_model() -> Path:
+    """all-MiniLM-L6-v2 exported with `--int8`, calibrated with training texts: none that is measured on."""
+    import pyarrow.parquet as pq
+
+    from gist_ray.model_folder import export
+
+    folder = Path(tempfile.mkdtemp(prefix="int8-"))
+    texts: list[str] = []
+    for name in ("esnli.parquet", "medquad.parquet"):
+        columns = pq.read_table(SHARED / "train" / name, columns=["query", "pos"]).slice(50_000).to_pydict()
+        texts += [text for column in columns.values() for text in column[:CALIBRATION_ROWS]]
+    lines = folder / "texts.txt"
+    lines.write_text("\n".join(" ".join(text.split()) for text in texts), encoding="utf-8")
+    return export(minilm(), folder / "model", int8=True, texts=lines)
+
+
+def int8_figures(quick: bool) -> list[Figure]:
+    """Over HTTP by sentence-transformers offline, both on both cores; and the scores."""
+    seconds, repeats, count = (3.0, 1, 300) if quick else (10.0, 3, 1500)
+    figures = []
+    for name, texts in (("short", short_texts(count)), ("mixed", mixed_texts(count))):
+        with (
+            Group(Offline, str(minilm()), texts, threads=2) as offline,
+            our_server(int8_model(), threads=2, precision="int8") as server,
+        ):
+            offline.turn()
+            runs = interleaved(
+                repeats,
+                offline=lambda offline=offline: offline.turn()[0],  # type: ignore[misc]
+                ours=lambda server=server, texts=texts: served(server, batched(texts, 32), 4, seconds).texts_per_s,  # type: ignore[misc]
+            )
+        where = f"{name} texts, int8, both cores"
+        figures += [
+            median_figure(f"{where}: SentenceTransformer.encode", runs["offline"], "texts/s"),
+            median_figure(f"{where}: ours over HTTP, 4 x 32", runs["ours"], "texts/s"),
+            median_figure(f"{where}: ours / encode", ratios(runs["ours"], runs["offline"]), "x", ">= 2.5"),
+        ]
+    return figures + score_figures(quick)
+
+
+def score_figures(quick: bool) -> list[Figure]:
+    """MTEB scores of fp32 and of int8 on the shared evaluation data, in points of 100."""
+    from gist_ray.config import ClusterConfig
+    from gist_ray.evaluation.run import REPORT, evaluate
+
+    work, data = Path(tempfile.mkdtemp(prefix="scores-")), SHARED / "eval"
+    if quick:
+        data = work / "eval"
+        for task in ("STSBenchmark", "Banking77Classification"):
+            shutil.copytree(SHARED / "eval" / task, data / task)
+    scores = {}
+    for precision in ("fp32", "int8"):
+        report = evaluate(
+            int8_model(),
+            output_dir=work / precision,
+            data=data,
+            precision=precision,
+            cluster=ClusterConfig(data_workers=2),
+        )
+        tree = json.loads((report / REPORT).read_text())
+        scores[precision] = {task["name"]: 100 * task["score"] for task in tree["tasks"]}
+    lost = {task: scores["fp32"][task] - scores["int8"][task] for task in scores["fp32"]}
+    for task, points in lost.items():
+        print(f"  {task}: fp32 {scores['fp32'][task]:.2f}, int8 {scores['int8'][task]:.2f}, lost {points:+.2f}")
+    name = f"MTEB, {len(lost)} tasks, int8"
+    return [
+        Figure(f"{name}: points lost on average", sum(lost.values()) / len(lost), "", "<= 0.5"),
+        Figure(f"{name}: points lost on the worst task", max(lost.values()), "", "<= 1.0"),
+    ]
