@@ -33,6 +33,9 @@ def ingress_environment(folder: Path, free_port: Callable[[], int]) -> dict[str,
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # for other nodes' proxies to notice: there are none
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a dead HAProxy is replaced after three of these; Ray's own is 10
+        # One event loop a replica, not two with every request handed over: forwards have threads of their own.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # A dead HAProxy is replaced after three of these. Ray's own is 10.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in names.items()},
     }

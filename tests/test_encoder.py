@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -34,6 +35,27 @@ def test_reads_what_sentence_transformers_writes(minilm: Path, tmp_path: Path):
     np.testing.assert_allclose(
         Encoder.load(tmp_path / "theirs").encode(TEXTS), Encoder.load(minilm).encode(TEXTS), atol=1e-6
     )
+
+
+@given(texts=st.lists(st.text(max_size=60), min_size=1, max_size=5), limits=st.lists(st.booleans(), max_size=3))
+def test_token_ids_are_those_of_the_tokenizer_of_transformers(minilm: Path, texts: list[str], limits: list[bool]):
+    encoder = short_minilm(minilm)
+    for truncate in limits:
+        cut = {"truncation": True, "max_length": 8} if truncate else {}
+        expected = reference_tokenizer(minilm)([text.strip() for text in texts], verbose=False, **cut)["input_ids"]
+        assert [row.tolist() for row in encoder.tokenize(texts, truncate=truncate)] == expected
+
+
+@functools.cache
+def short_minilm(folder: Path) -> Encoder:
+    return Encoder.load(folder, max_tokens=8)
+
+
+@functools.cache
+def reference_tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def test_prompt_max_tokens_and_pooling_change_the_vectors(tiny_model: Path):

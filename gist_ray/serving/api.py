@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from gist_ray.serving import schema
 from gist_ray.serving.api_error import ApiError
@@ -25,15 +26,25 @@ from gist_ray.serving.routes import BYTES, Routes
 from gist_ray.serving.tracing import NO_TRACING, Tracing
 
 
+class Api(FastAPI):
+    """The web framework behind the gate: what it does not need itself, it never sees."""
+
+    gate: Gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI call."""
+        await self.gate(scope, receive, send)
+
+
 def create_api(
     models: Models,
     measures: Measures,
     access: Access,
     tracing: Tracing = NO_TRACING,
     max_body_bytes: int = schema.MAX_BODY_BYTES,
-) -> FastAPI:
+) -> Api:
     """The ASGI application. The caller loads and closes the models. Larger bodies than `max_body_bytes` get 413."""
-    app = FastAPI(
+    app = Api(
         title="gist-ray",
         version=version("gist-ray"),
         redoc_url=None,
@@ -61,7 +72,7 @@ def create_api(
         "/tokenize": routes.tokenize,
     }
     paths = frozenset(app.openapi()["paths"])
-    app.add_middleware(Gate, access=access, busy=busy, paths=paths, measures=measures, tracing=tracing)
+    app.gate = Gate(super(Api, app).__call__, access, busy, paths, measures, tracing)
     for kind in (ApiError, HTTPException, Closed, Exception):
         app.add_exception_handler(kind, _on_error)
     return app

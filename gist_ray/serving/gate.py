@@ -51,10 +51,10 @@ class Access:
 
 
 class Gate:
-    """ASGI middleware.
+    """An ASGI application in front of another.
 
     Args:
-        app: the web framework's, for the routes that are not busy, unknown ones and the documentation.
+        app: the web framework, for the routes that are not busy, unknown ones and the documentation.
         access: who may ask.
         busy: POST routes that are called at once: the framework would take longer than a small forward.
         paths: known routes; others are counted together, since anyone can make up names.
