@@ -95,7 +95,7 @@ BAD_INPUT = [
     (["embed", "{dir}/no-weights", "{dir}/wrong.jsonl"], "config.json is missing"),
     (["embed", "{dir}/no-weights"], "config.json is missing"),
     (["embed", "{model}", "--out", "x.npy"], "--out is for files"),
-    (["embed", "{model}", "--prompt-name", "query"], "no prompt named query"),
+    (["embed", "{model}", "{dir}/wrong.jsonl", "--prompt-name", "query"], "no prompt named query"),
     (["embed", "{model}", "--dimensions", "0"], "dimensions"),
     (["embed", "{model}", "--set", "batch_token=64"], "did you mean `batch_tokens`"),
     (["embed", "{model}", "{dir}/wrong.jsonl", "--format", "raw"], "--format is for lines"),
@@ -144,14 +144,17 @@ def test_a_non_string_cell_is_a_counted_reject_in_a_readable_message(
 
 
 def test_embed_prints_the_output_and_nothing_else(
-    recipe_file: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], ray_session
+    recipe_file: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    ray_session,
 ):
     out = recipe_file.parent / "out" / "vectors.npy"
     options = ["--column", "query", "--out", str(out), "--dimensions", "8", "--workers", "1", "--backend", "torch"]
     assert main(["embed", str(tiny_model), str(recipe_file.parent / "a.jsonl"), *options]) == 0
-    printed, err = capsys.readouterr()
-    assert printed == f"{out}\n" and np.load(out).shape == (1, 8)
-    assert "1 rows, 1 distinct texts" in err
+    assert capsys.readouterr().out == f"{out}\n" and np.load(out).shape == (1, 8)
+    assert "1 rows, 1 distinct texts" in caplog.text
 
 
 def test_a_failure_while_running_is_exit_code_1(
