@@ -94,7 +94,7 @@ def _texts(chunk: list[bytes], seen: int, *, null_allowed: bool) -> tuple[list[s
     """The texts of lines, None for a bad one; up to the first bad one, and what is wrong with it, unless allowed."""
     texts: list[str | None] = []
     for line in chunk:
-        text = line.removesuffix(b"\r").decode("utf-8", "surrogateescape")
+        text = line.decode("utf-8", "surrogateescape")  # white space at the end, and so `\r`, is not seen by a model
         problem = text_problem(text)
         if problem and not null_allowed:
             shown = "" if problem == "is empty" else f" ({text[:60]!r})"

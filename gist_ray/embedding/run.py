@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 KIND = "embeddings"
 _VERSION = 1  # rises when the same input makes another output
 _WORK = ".work"  # hidden: who reads the folder as a source must not take it for data
+_PLACED = "placed"  # from then on, what is at the output's path may be ours though it has no manifest
 
 
 def embed(config: EmbedConfig, output: str | Path) -> Path:
@@ -119,15 +120,13 @@ def _start_or_continue(output: Path, about: Path, made_from: dict[str, Any]) -> 
     """Keep the finished files of a killed run of the same making; clear those of any other unfinished run."""
     work, digest = about / _WORK, digest_of(made_from)
     marker = work / "made_from.json"
-    if not marker.is_file():
-        if output.is_dir() and any(entry.name != _WORK for entry in output.iterdir()):
-            raise InputError(f"{output} is a folder with other things in it; choose a new or empty one")
-        if output.exists() and not (output.is_dir() and not _is_file(output)):
-            raise InputError(f"{output} exists and was not made by `gist-ray embed`; choose another name or remove it")
-    elif json.loads(marker.read_text(encoding="utf-8"))["digest"] != digest:
-        write_json(marker, {"digest": None})  # first: what is half removed must not be taken for the marker's work
-        for part in ("staging", "vectors", "parts"):
-            shutil.rmtree(work / part, ignore_errors=True)
+    same = marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["digest"] == digest
+    there = output.exists() and (_is_file(output) or any(entry.name != _WORK for entry in output.iterdir()))
+    if there and not (same and (work / _PLACED).is_file()):
+        raise InputError(f"{output} is there already, and not made by `embed`; choose another name, or remove it")
+    if not same:
+        marker.unlink(missing_ok=True)  # first: what is half removed must not be taken for the marker's work
+        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     write_json(marker, {"digest": digest})
     return work
@@ -135,6 +134,7 @@ def _start_or_continue(output: Path, about: Path, made_from: dict[str, Any]) -> 
 
 def _join(parts: list[Path], work: Path, output: Path) -> None:
     """Put finished parts where the user wants them."""
+    (work / _PLACED).touch()
     if not _is_file(output):
         shutil.rmtree(output / "embeddings", ignore_errors=True)  # of a run that was killed before its manifest
         (work / "parts").rename(output / "embeddings")

@@ -28,14 +28,15 @@ def texts(verse_rows) -> list[str]:
     return [*verses, " ".join(verses), "x", "naïve café — 数学 🙂"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "openvino"])
-def test_vectors_are_those_of_the_encoder(minilm: Path, texts: list[str], backend: str):
-    threads = torch.get_num_threads()
-    rows, cut = TextEmbedder.load(VectorConfig(model=str(minilm), backend=backend), threads=2).embed(texts)
+@pytest.mark.parametrize(("backend", "model"), [("torch", "minilm"), ("openvino", "tiny_model")])
+def test_vectors_are_those_of_the_encoder(request, texts: list[str], backend: str, model: str):
+    folder, threads = request.getfixturevalue(model), torch.get_num_threads()
+    rows, cut = TextEmbedder.load(VectorConfig(model=str(folder), backend=backend), threads=2).embed(texts)
     torch.set_num_threads(threads)
-    assert rows.dtype == np.float32 and rows.shape == (len(texts), 384)
-    np.testing.assert_allclose(rows, Encoder.load(minilm).encode(texts), atol=1e-5)
-    assert cut == 1
+    encoder = Encoder.load(folder)
+    assert rows.dtype == np.float32 and rows.shape == (len(texts), encoder.dim)
+    np.testing.assert_allclose(rows, encoder.encode(texts), atol=1e-5)
+    assert cut == sum(len(row) > encoder.max_tokens for row in encoder.tokenize(texts, truncate=False)) > 0
 
 
 @settings(max_examples=60, deadline=None)

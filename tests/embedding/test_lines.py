@@ -130,7 +130,10 @@ UNLESS_RAY = (
 def test_lines_are_answered_as_they_come_without_ray_and_ctrl_c_is_quiet(tiny_model: Path):
     code = f"{UNLESS_RAY}; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "embed", str(tiny_model), "--backend", "torch", "--dimensions", "4"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        command, env=buffered, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdin and process.stdout
     for text in (b"first\n", b"second\n"):
         process.stdin.write(text)
@@ -144,7 +147,7 @@ def test_lines_are_answered_as_they_come_without_ray_and_ctrl_c_is_quiet(tiny_mo
 def test_a_reader_that_has_enough_ends_it_quietly(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "lines.txt").write_text("a line\n" * 5000)
+    (tmp_path / "lines.txt").write_text("a line\n")  # so that its answer waits in the buffer
     read, write = os.pipe()
     os.close(read)
     stdout = os.fdopen(write, "w")

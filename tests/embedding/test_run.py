@@ -143,16 +143,20 @@ def test_rows_without_a_text_end_it_before_anything_is_embedded_or_get_null(tiny
         embed(lenient, tmp_path / "out.npy")
 
 
-@pytest.mark.parametrize("name", ["things", "things.npy", "mined"])
+@pytest.mark.parametrize("name", ["things", "things.npy", "unfinished.npy", "mined"])
 def test_what_is_not_ours_stays(source: Path, tiny_model: Path, tmp_path: Path, name: str):
     out = tmp_path / name
-    if name == "things.npy":
+    if name.endswith(".npy"):
         out.write_text("precious")
+        if name == "unfinished.npy":  # a killed run's work is there, and the file is not of that run
+            asked = config(source, tiny_model, keep=[])
+            made_from = module.embed_fingerprint(asked, module.find_units((asked.source,), kind="texts"))
+            module._start_or_continue(tmp_path / "moved.npy", module._about(out), made_from)
     else:
         out.mkdir()
         (out / "manifest.json" if name == "mined" else out / "precious").write_text('{"kind": "triplets"}')
     before = content(tmp_path)
-    with pytest.raises(InputError, match=r"was not made by|other things in it|holds a finished triplets"):
+    with pytest.raises(InputError, match=r"there already, and not made by|holds a finished triplets"):
         embed(config(source, tiny_model), out)
     assert content(tmp_path) == before
 
