@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from gist_ray.config import Recipe
     from gist_ray.data.mine import mine
     from gist_ray.data.prepare import prepare
+    from gist_ray.embed_config import EmbedConfig
+    from gist_ray.embedding.run import embed
     from gist_ray.encoder import Encoder
     from gist_ray.errors import InputError
     from gist_ray.evaluation.run import evaluate
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
     from gist_ray.training.run import train
 
 __all__ = [
+    "EmbedConfig",
     "Encoder",
     "InputError",
     "MineConfig",
     "Recipe",
     "check",
+    "embed",
     "evaluate",
     "export",
     "load_recipe",
@@ -42,11 +46,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "EmbedConfig": "embed_config",
     "Encoder": "encoder",
     "InputError": "errors",
     "MineConfig": "mine_config",
     "Recipe": "config",
     "check": "preflight",
+    "embed": "embedding.run",
     "evaluate": "evaluation.run",
     "export": "model_folder",
     "load_recipe": "recipe_file",

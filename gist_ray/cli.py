@@ -114,6 +114,52 @@ def _report_folder(model: str, precision: str) -> Path:
     return Path("reports") / (name if precision == "fp32" else f"{name}-{precision}")
 
 
+def _embed(arguments: argparse.Namespace) -> Path | None:
+    names = ("prompt_name", "prompt", "dimensions", "dtype", "backend", "precision", "bad_rows")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    tree: dict[str, Any] = {"model": arguments.model, **given}
+    if arguments.file in (None, "-"):
+        _embed_lines(arguments, tree)
+        return None
+    from gist_ray.embedding.run import embed
+    from gist_ray.recipe_file import embed_config
+
+    if arguments.format:
+        raise InputError("--format is for lines on stdin; the name of --out says what a file becomes")
+    tree["source"] = {"path": arguments.file, "columns": {"text": arguments.column or "text"}}
+    tree["source"] |= {"revision": arguments.revision} if arguments.revision else {}
+    tree |= {"keep": arguments.keep} if arguments.keep is not None else {}
+    workers = {"data_workers": arguments.workers, "data_threads": arguments.threads}
+    tree["cluster"] = {name: value for name, value in workers.items() if value is not None}
+    name = Path(arguments.file.rstrip("/")).name.split(".")[0]
+    if not arguments.out and set(name) & set("*?["):
+        raise InputError(f"{arguments.file} is a pattern; name the output with --out")
+    return embed(embed_config(tree, tuple(arguments.overrides)), arguments.out or Path("embeddings") / name)
+
+
+def _embed_lines(arguments: argparse.Namespace, tree: dict[str, Any]) -> None:
+    of_files = ("out", "column", "keep", "revision", "workers")
+    useless = next((name for name in of_files if getattr(arguments, name) is not None), None)
+    if useless:
+        raise InputError(f"--{useless} is for files; lines on stdin have none. Name a FILE, or leave it out")
+    try:
+        from gist_ray.embedding.lines import embed_lines
+        from gist_ray.recipe_file import vector_config
+
+        config = vector_config(tree, tuple(arguments.overrides))
+        embed_lines(
+            config,
+            sys.stdin.buffer,
+            arguments.stdout.buffer,
+            threads=arguments.threads,
+            output=arguments.format or "json",
+        )
+    except BrokenPipeError:  # `head` has enough; what Python still holds goes nowhere at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), arguments.stdout.fileno())
+    except KeyboardInterrupt:  # how a filter ends that reads from a terminal
+        raise SystemExit(INTERRUPTED) from None
+
+
 def _serve(arguments: argparse.Namespace) -> None:
     from gist_ray.config import ClusterConfig
     from gist_ray.serving.app import serve
@@ -201,6 +247,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="threads of each actor (default: 1)")
     sub.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="int8: the exported variant")
 
+    sub = verb("embed", _embed, "vectors of the texts of a file or data set on Ray; without FILE, of lines on stdin")
+    sub.add_argument("model", help="model folder or Hub id")
+    sub.add_argument("file", nargs="?", help="file, folder, glob, bucket or hf://dataset; none: lines on stdin")
+    _embed_options(sub)
+    overrides(sub, "source.max_rows=1000")
+
     sub = model_verb("serve", _serve, "serve a model folder over HTTP on this machine until interrupted")
     sub.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     sub.add_argument("--port", type=int, help="0: a free port (default: 8000)")
@@ -210,6 +262,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], help="of the model (default: fp32)")
     sub.add_argument("--model-id", help="name under which it is served (default: the folder's name)")
     return parser
+
+
+def _embed_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", help="NAME.npy, NAME.parquet or a folder (default: embeddings/NAME OF FILE)")
+    sub.add_argument("--column", help="column that holds the texts (default: text)")
+    sub.add_argument("--keep", nargs="*", metavar="NAME", help="columns to put beside the vectors (default: all)")
+    sub.add_argument("--revision", help="commit of a Hub dataset")
+    sub.add_argument("--prompt-name", help="prompt of the model folder to put before every text")
+    sub.add_argument("--prompt", help="prompt to put before every text, exactly as written")
+    sub.add_argument("--dimensions", type=int, help="keep the first so many numbers, at unit length again")
+    types = ["float32", "float16", "int8", "binary", "ubinary"]
+    sub.add_argument("--dtype", choices=types, help="of the numbers (default: float32)")
+    sub.add_argument("--bad-rows", choices=["fail", "null"], help="what empty texts and the like do (default: fail)")
+    sub.add_argument("--format", choices=["json", "raw"], help="of vectors on stdout (default: json)")
+    sub.add_argument("--backend", choices=["auto", "torch", "openvino"], help="what computes (default: auto)")
+    sub.add_argument("--precision", choices=["fp32", "bf16", "fp16", "int8"], help="of the model (default: fp32)")
+    sub.add_argument("--workers", type=int, help="processes that embed (default: 2)")
+    sub.add_argument("--threads", type=int, help="threads of each (default: 1; for lines: all)")
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

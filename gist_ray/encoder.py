@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ SIMILAR_LENGTH = 0.9  # where forwards follow each other, less padding is worth 
 _SETTINGS = {"revision", "max_tokens", "pooling"}  # of a recipe's model section
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
-_PREFIXED_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+_POOLING_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Encoder:
         """Load a sentence-transformers folder, a bare transformers folder or a Hub id.
 
         Only safetensors weights are read: pickled weights can run code. `weights=False` leaves them out: such an
-        encoder tokenizes, and cannot embed.
+        encoder tokenizes and knows its `dim`, and cannot embed.
 
         Raises:
             InputError: no such model or layers, no safetensors, a module we do not compute, too many `max_tokens`.
@@ -85,7 +86,9 @@ class Encoder:
         try:
             config = AutoConfig.from_pretrained(transformer_dir, **shared)
             tokenizer = AutoTokenizer.from_pretrained(transformer_dir, **shared)
-            model = _load_weights(transformer_dir, config, **shared).eval().to(device) if weights else None
+            model: Any = SimpleNamespace(config=config)
+            if weights:
+                model = _load_weights(transformer_dir, config, **shared).eval().to(device)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             if isinstance(error, InputError):
                 raise
@@ -165,8 +168,7 @@ class Encoder:
         if not tokens:
             return torch.zeros((0, self.dim), device=self.device)
         lengths = np.array([len(row) for row in tokens])
-        budget = batch_tokens or BATCH_TOKENS[self.device.type]
-        chunks = length_sorted_chunks(lengths, budget, similar=SIMILAR_LENGTH)
+        chunks = length_sorted_chunks(lengths, batch_tokens or BATCH_TOKENS[self.device.type], similar=SIMILAR_LENGTH)
         padded = (self.padded([tokens[i] for i in chunk]) for chunk in chunks)
         vectors = torch.cat([self.forward(ids.to(self.device), mask.to(self.device)) for ids, mask in padded])
         back = np.empty(len(tokens), dtype=np.int64)
@@ -278,8 +280,7 @@ def fingerprint(
     Raises:
         InputError: as `Encoder.load`, without loading the weights.
     """
-    folder = _resolve(path, revision)
-    transformer_dir, stored = _read_folder(folder)
+    transformer_dir, stored = _read_folder(_resolve(path, revision))
     weights = sorted(transformer_dir.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{transformer_dir} has no *.safetensors weights; gist-ray does not read pickled weights")
@@ -361,9 +362,8 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def _stored_pooling(file: Path) -> Pooling:
     config = _json(file)
-    modes = [name for key, name in _PREFIXED_POOLING.items() if config.get(key)]
-    known = _PREFIXED_POOLING.keys()
-    others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on and key not in known]
+    modes = [name for key, name in _POOLING_MODES.items() if config.get(key)]
+    others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on and key not in _POOLING_MODES]
     if isinstance(config.get("pooling_mode"), str):  # sentence-transformers >= 6
         modes, others = [config["pooling_mode"]], []
     if others or len(modes) != 1 or modes[0] not in ("mean", "cls"):

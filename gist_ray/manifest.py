@@ -32,8 +32,12 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def finished(directory: Path, kind: str, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+def finished(
+    directory: Path, kind: str, fingerprint: dict[str, Any], *, shown: Path | None = None
+) -> dict[str, Any] | None:
     """Return the manifest if `directory` holds this very artifact, None if the stage must run.
+
+    `shown` is what messages call the artifact, where that is a file whose manifest lies beside it.
 
     Raises:
         InputError: the directory holds a finished artifact of another kind or made from something else.
@@ -42,12 +46,14 @@ def finished(directory: Path, kind: str, fingerprint: dict[str, Any]) -> dict[st
     if manifest is None:
         return None
     if manifest.get("kind") != kind:
-        raise InputError(f"{directory} holds a finished {manifest.get('kind')}, not {kind}; choose another folder")
+        raise InputError(
+            f"{shown or directory} holds a finished {manifest.get('kind')}, not {kind}; choose another folder"
+        )
     differing = differences(manifest["fingerprint"], json.loads(json.dumps(fingerprint)))
     if differing:
         raise InputError(
-            f"{directory} was made from something else: {'; '.join(differing)}. "
-            "Remove it, or give this run another `name`"
+            f"{shown or directory} was made from something else: {'; '.join(differing)}. "
+            f"Remove it, or give this run another {'output' if shown else '`name`'}"
         )
     return manifest
 

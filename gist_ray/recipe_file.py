@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gist_ray.config import Recipe
+from gist_ray.embed_config import EmbedConfig, VectorConfig
 from gist_ray.errors import InputError
 from gist_ray.mine_config import MineConfig
 
@@ -62,6 +63,24 @@ def mine_config(tree: dict[str, Any], overrides: tuple[str, ...] = ()) -> MineCo
     for override in overrides:
         _apply(tree, override)
     return _validated(MineConfig, tree, "mine")
+
+
+def embed_config(tree: dict[str, Any], overrides: tuple[str, ...] = ()) -> EmbedConfig:
+    """Validate the settings of `embed`, after `a.b=value` overrides.
+
+    Raises:
+        InputError: one line per problem, each with its place.
+    """
+    for override in overrides:
+        _apply(tree, override)
+    return _validated(EmbedConfig, tree, "embed")
+
+
+def vector_config(tree: dict[str, Any], overrides: tuple[str, ...] = ()) -> VectorConfig:
+    """As `embed_config`, of `embed` without a file."""
+    for override in overrides:
+        _apply(tree, override)
+    return _validated(VectorConfig, tree, "embed")
 
 
 def _validated(kind: type[_Tree], tree: dict[str, Any], origin: str) -> _Tree:

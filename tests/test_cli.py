@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -57,7 +58,7 @@ def test_the_shipped_command_is_installed():
         check=True,
         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
     )
-    for verb in ("quickstart", "mine", "check", "prepare", "train", "export", "evaluate", "serve"):
+    for verb in ("quickstart", "mine", "check", "prepare", "train", "export", "evaluate", "embed", "serve"):
         assert verb in run.stdout
 
 
@@ -87,6 +88,20 @@ BAD_INPUT = [
     (["serve", "{model}", "--port", "70000"], "port"),
     (["serve", "{model}", "--recipe", "{recipe}", "--set", "serving.port={port}"], "is in use"),
     (["serve", "{model}", "--set", "serving.port=1"], "give one with --recipe"),
+    (["embed", "{model}", "{dir}/none.jsonl"], "none.jsonl does not exist"),
+    (["embed", "{model}", "{dir}/empty.jsonl"], "empty.jsonl is empty"),
+    (["embed", "{model}", "{dir}/a.jsonl"], "has no column `text`; it has query, pos, neg. Say where"),
+    (["embed", "{model}", "{dir}/wrong.jsonl", "--column", "txt"], "--column text"),
+    (["embed", "{dir}/no-weights", "{dir}/wrong.jsonl"], "config.json is missing"),
+    (["embed", "{dir}/no-weights"], "config.json is missing"),
+    (["embed", "{model}", "--out", "x.npy"], "--out is for files"),
+    (["embed", "{model}", "{dir}/wrong.jsonl", "--prompt-name", "query"], "no prompt named query"),
+    (["embed", "{model}", "--dimensions", "0"], "dimensions"),
+    (["embed", "{model}", "--set", "batch_token=64"], "did you mean `batch_tokens`"),
+    (["embed", "{model}", "{dir}/wrong.jsonl", "--format", "raw"], "--format is for lines"),
+    (["embed", "{model}", "{dir}/*.jsonl", "--column", "text"], "name the output with --out"),
+    (["embed", "{model}", "{dir}/wrong.jsonl", "--set", "sorce.max_rows=1"], "did you mean `source`"),
+    (["embed", "{model}", "hf://no/such"], "needs `revision: <commit>`"),
     (["evaluate", "{model}"], "nothing to evaluate on"),
     (["evaluate", "{model}", "--recipe", "{recipe}", "--set", "evaluation.data={dir}/none"], "none does not exist"),
     (
@@ -126,6 +141,20 @@ def test_a_non_string_cell_is_a_counted_reject_in_a_readable_message(
     assert main(["prepare", str(recipe_file)]) == 2
     err = capsys.readouterr().err
     assert "query is not a string (int): 1 rows" in err and "Traceback" not in err
+
+
+def test_embed_prints_the_output_and_nothing_else(
+    recipe_file: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    ray_session,
+):
+    out = recipe_file.parent / "out" / "vectors.npy"
+    options = ["--column", "query", "--out", str(out), "--dimensions", "8", "--workers", "1", "--backend", "torch"]
+    assert main(["embed", str(tiny_model), str(recipe_file.parent / "a.jsonl"), *options]) == 0
+    assert capsys.readouterr().out == f"{out}\n" and np.load(out).shape == (1, 8)
+    assert "1 rows, 1 distinct texts" in caplog.text
 
 
 def test_a_failure_while_running_is_exit_code_1(

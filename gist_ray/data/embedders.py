@@ -1,9 +1,14 @@
-"""Embedders: actors that turn blocks of staged texts into files of distinct texts with tokens and guide vectors."""
+"""Embedders: actors that turn blocks of staged texts into files of distinct texts with tokens and guide vectors.
+
+`BlockPool` and `BlockActor` are the part that does not know which vectors: `gist_ray.embedding` has others.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
+from typing_extensions import Self  # that of `typing` is not there before Python 3.11
 
 from gist_ray.config import ClusterConfig, GuideConfig, ModelConfig
 from gist_ray.data.guide_vectors import GuideVectors
@@ -31,24 +37,20 @@ def guide_fingerprint(guide: GuideConfig) -> dict[str, Any]:
     return model_fingerprint(guide) | {"dtype": "float16", "version": 1}
 
 
-class EmbedderPool:
-    """`cluster.data_workers` actors, each with the guide loaded once. A `with` block; the actors end with it."""
+class BlockPool:
+    """`cluster.data_workers` actors, each with its model loaded once. A `with` block; the actors end with it."""
 
-    def __init__(
-        self, guide: GuideConfig, vectors_dir: Path, cluster: ClusterConfig, student: ModelConfig | None = None
-    ) -> None:
+    def __init__(self, actor: type[BlockActor], arguments: tuple[Any, ...], cluster: ClusterConfig, shown: str) -> None:
+        """Start actors of `arguments`. `shown` is what the progress bar says they make."""
         import ray
 
         gpus = cluster.gpus_per_worker
-        expected = guide_fingerprint(guide)
         # A dead actor is restarted and its block done again: a block is whole or absent, so once more does no harm.
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1)
-        actor = remote(BlockEmbedder)
-        self._actors = [
-            actor.remote(guide, expected, vectors_dir, cluster, student) for _ in range(actors_that_fit(cluster))
-        ]
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=cluster.max_failures, max_task_retries=-1)(actor)
+        self._actors = [remote.remote(*arguments) for _ in range(actors_that_fit(cluster))]
+        self._shown = shown
 
-    def __enter__(self) -> EmbedderPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -65,7 +67,7 @@ class EmbedderPool:
         Blocks that a killed run finished are not done again.
 
         Raises:
-            InputError: a worker met bad input: a guide it cannot load, a piece it cannot see, a text without a vector.
+            InputError: a worker met bad input: a model it cannot load, a piece it cannot see, a text without a vector.
         """
         import ray
         from ray.util import ActorPool
@@ -76,42 +78,34 @@ class EmbedderPool:
         items = [(number, blocks, staging, names, out) for number in range(blocks)]
         done = ActorPool(self._actors).map_unordered(lambda actor, item: actor.embed.remote(*item), items)
         reports = []
-        with tqdm(total=blocks, desc="guide vectors", unit="block", disable=None) as bar:
+        with tqdm(total=blocks, desc=self._shown, unit="block", disable=None) as bar:
             for report in done:
                 if "error" in report:
                     raise InputError(report["error"])
                 reports.append(report)
                 bar.update()
         embedded, reused = (sum(report[key] for report in reports) for key in ("embedded", "reused"))
-        log.info("guide vectors: %d texts embedded, %d found from earlier runs", embedded, reused)
+        log.info("%s: %d texts embedded, %d found from earlier runs", self._shown, embedded, reused)
         return sorted(reports, key=lambda report: int(report["block"]))
 
 
-class BlockEmbedder:
-    """One block of texts in, one file out, unless a killed run already wrote it."""
+class EmbedderPool(BlockPool):
+    """Actors with the guide."""
 
     def __init__(
-        self,
-        guide: GuideConfig,
-        expected: dict[str, Any],
-        vectors_dir: Path,
-        cluster: ClusterConfig,
-        student: ModelConfig | None,
+        self, guide: GuideConfig, vectors_dir: Path, cluster: ClusterConfig, student: ModelConfig | None = None
     ) -> None:
-        import torch
+        arguments = (guide, guide_fingerprint(guide), vectors_dir, cluster, student)
+        super().__init__(BlockEmbedder, arguments, cluster, "guide vectors")
 
-        torch.set_num_threads(cluster.data_threads)
-        self._guide_config, self._student_config = guide, student
+
+class BlockActor(ABC):
+    """One block of texts in, one file out, unless a killed run already wrote it."""
+
+    def __init__(self) -> None:
         self._pieces: list[Path] = []
         self._error = ""
-        try:
-            if guide_fingerprint(guide) != expected:
-                raise InputError(f"guide {guide.path} is another model on this node; give all nodes the same files")
-            self._student = load_model(student, weights=False) if student else None
-            self._guide = load_model(guide, device="cuda" if cluster.gpus_per_worker else "cpu")
-            self._vectors = GuideVectors(vectors_dir, expected)
-        except InputError as error:  # kept for the first block: an actor that fails here only says that it died
-            self._error = str(error)
+        """What prevents every block. Kept for the first one: an actor that fails before only says that it died."""
 
     def embed(self, number: int, blocks: int, staging: Path, pieces: list[str], out: Path) -> dict[str, Any]:
         """Make one block; bad input comes back as a value, because an actor would bury it in an error of its own."""
@@ -128,16 +122,51 @@ class BlockEmbedder:
             report: dict[str, Any] = json.loads(report_file.read_text())
             return report | {"embedded": 0, "reused": 0}
         keys, texts = block_texts(self._pieces, number, blocks)
+        facts, reused = self._write(keys, texts, file)
+        report = {"block": number, "texts": len(texts)} | facts
+        write_json(report_file, report)
+        return report | {"embedded": len(texts) - reused, "reused": reused}
+
+    @abstractmethod
+    def _write(self, keys: Keys, texts: list[str], file: Path) -> tuple[dict[str, Any], int]:
+        """Write the file of a block; facts for its report, and how many texts had not to be embedded."""
+
+
+class BlockEmbedder(BlockActor):
+    """Blocks of guide vectors, and maybe of the student's tokens."""
+
+    def __init__(
+        self,
+        guide: GuideConfig,
+        expected: dict[str, Any],
+        vectors_dir: Path,
+        cluster: ClusterConfig,
+        student: ModelConfig | None,
+    ) -> None:
+        import torch
+
+        super().__init__()
+        torch.set_num_threads(cluster.data_threads)
+        self._guide_config, self._student_config = guide, student
+        try:
+            if guide_fingerprint(guide) != expected:
+                raise InputError(f"guide {guide.path} is another model on this node; give all nodes the same files")
+            self._student = load_model(student, weights=False) if student else None
+            self._guide = load_model(guide, device="cuda" if cluster.gpus_per_worker else "cpu")
+            self._vectors = GuideVectors(vectors_dir, expected)
+        except InputError as error:
+            self._error = str(error)
+
+    def _write(self, keys: Keys, texts: list[str], file: Path) -> tuple[dict[str, Any], int]:
         vectors, reused = self._guide_vectors(keys, texts)
         tokens, whole = self._tokens(texts)
         dtype = token_dtype_for(len(self._student.tokenizer)) if self._student else "uint32"
         TextBlock(keys, texts, vectors, tokens, whole).write(file, dtype)
-        report = {"block": number, "texts": len(texts), "guide_dim": self._guide.dim}
+        facts = {"guide_dim": self._guide.dim}
         if tokens is not None and whole is not None:
             cut = np.array([len(row) for row in tokens], dtype=np.int64)
-            report |= {"tokens": int(cut.sum()), "truncated": int((whole > cut).sum())}
-        write_json(report_file, report)
-        return report | {"embedded": len(texts) - reused, "reused": reused}
+            facts |= {"tokens": int(cut.sum()), "truncated": int((whole > cut).sum())}
+        return facts, reused
 
     def _guide_vectors(self, keys: Keys, texts: list[str]) -> tuple[npt.NDArray[np.float16], int]:
         """Vectors `[n, guide_dim]` of a block, and how many of them the store already had."""
@@ -152,25 +181,30 @@ class BlockEmbedder:
                 prompt=self._guide_config.prompt,
                 batch_tokens=self._guide_config.batch_tokens,
             )
-            self._check_vectors(encoded, [texts[i] for i in missing])
+            check_vectors(encoded, [texts[i] for i in missing], f"guide {self._guide_config.path}")
             vectors[missing] = encoded
             self._vectors.add(keys[missing], vectors[missing])
         return vectors, len(texts) - len(missing)
-
-    def _check_vectors(self, vectors: npt.NDArray[np.float32], texts: list[str]) -> None:
-        """Before they are kept: a vector of zeros or not-a-numbers would be found for ever, and hide nothing."""
-        whole = np.isfinite(vectors).all(axis=1) & (np.abs(vectors).max(axis=1, initial=0) > 0)
-        if not whole.all():
-            raise InputError(
-                f"guide {self._guide_config.path} gives no vector (not a number, or all zeros) for the text "
-                f"{texts[int(np.argmin(whole))][:_TEXT_SHOWN]!r}; check its weights, or leave such texts out"
-            )
 
     def _tokens(self, texts: list[str]) -> tuple[list[TokenIds] | None, npt.NDArray[np.int64] | None]:
         """The student's tokens of each text, and their number before the cut."""
         if self._student is None or self._student_config is None:
             return None, None
         return tokens_and_lengths(self._student, texts, self._student_config.prompt)
+
+
+def check_vectors(vectors: npt.NDArray[np.float32], texts: Sequence[str], model: str) -> None:
+    """Before they are kept: a vector of zeros or not-a-numbers would be found for ever, and hide nothing.
+
+    Raises:
+        InputError: `model` gave one for the text that it names.
+    """
+    whole = np.isfinite(vectors).all(axis=1) & (np.abs(vectors).max(axis=1, initial=0) > 0)
+    if not whole.all():
+        raise InputError(
+            f"{model} gives no vector (not a number, or all zeros) for the text "
+            f"{texts[int(np.argmin(whole))][:_TEXT_SHOWN]!r}; check its weights, or leave such texts out"
+        )
 
 
 def actors_that_fit(cluster: ClusterConfig) -> int:

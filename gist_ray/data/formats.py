@@ -37,6 +37,8 @@ SUFFIXES = {
     ".json": "medi",
     ".json.gz": "medi",
 }
+LINES_SUFFIXES = (".txt", ".txt.gz")
+"""Files of a text a line, kind `lines`. Data only where they are named: folders hold notes that end so too."""
 ROW_LIMIT = 64 << 20
 """Bytes of a line, CSV record or array element above which it is a reject: it is held in memory as a whole."""
 _ROWS_LOOKED_AT = 200
@@ -97,7 +99,7 @@ def look_hub(name: str, revision: str | None, split: str) -> tuple[Head, int]:
 
 
 def read_rows(file: str, kind: str, columns: Sequence[str], part: tuple[int, int] | None = None) -> Iterator[Any]:
-    """Stream the raw rows of a file or of a part: row groups of Parquet, bytes of JSONL in which lines start.
+    """Stream the raw rows of a file or of a part: row groups of Parquet, bytes of JSONL or text in which lines start.
 
     `columns`: those that are needed. Parquet reads no others; elsewhere rows may hold more.
 
@@ -113,6 +115,8 @@ def read_rows(file: str, kind: str, columns: Sequence[str], part: tuple[int, int
                 yield from _read_array(stream)
             elif kind == "jsonl":
                 yield from (_parse_line(line) for line in _lines(stream, part) if line is None or not line.isspace())
+            elif kind == "lines":
+                yield from map(_text_line, _lines(stream, part))
             else:
                 yield from _read_csv(file, stream, columns)
     except (*UNREADABLE, csv.Error) as error:
@@ -230,6 +234,13 @@ def _parse_line(line: bytes | None) -> Any:
         return _JSON.decode(text)
     except (ValueError, RecursionError):
         return Reject(reason, line[:_SHOWN].decode("utf-8", "replace"))
+
+
+def _text_line(line: bytes | None) -> Any:
+    """A row of one column, `text`. Blank lines are rows too: the number of a row is that of its line."""
+    if line is None:
+        return Reject(f"line is {_TOO_LONG}", None)
+    return {"text": line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8", "surrogateescape")}
 
 
 def _read_csv(file: str, stream: BinaryIO, columns: Sequence[str]) -> Iterator[Any]:

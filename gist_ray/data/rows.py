@@ -41,6 +41,47 @@ def their_columns(source: SourceConfig, ours: str) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else named
 
 
+@dataclass(frozen=True)
+class TextRow:
+    """One text to embed, and the raw row that it stood in."""
+
+    text: str
+    row: dict[str, Any]
+
+
+def text_row(row: Any, column: str) -> TextRow | Reject:
+    """The text of a raw row's `column`, or a reject. Any text will do that has more than white space."""
+    if isinstance(row, Reject):
+        return row
+    if not isinstance(row, dict):
+        return Reject(f"row is a {type(row).__name__}, not an object", row)
+    text = row.get(column)
+    if not isinstance(text, str):
+        return Reject(
+            f"{column} is missing" if text is None else f"{column} is not a string ({type(text).__name__})", row
+        )
+    problem = text_problem(text)
+    return Reject(f"{column} {problem}", row) if problem else TextRow(text, row)
+
+
+def text_problem(text: str) -> str | None:
+    """What is wrong with a text to embed, None if nothing is."""
+    if not text or text.isspace():
+        return "is empty"
+    return None if is_unicode(text) else "is not valid Unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: bad bytes have become lone surrogates, which cannot."""
+    if text.isascii():  # only looks at a flag, encode at each character
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class _Parser(ABC):
     """What both kinds of rows have in common: their shape, and the task."""
 
@@ -96,12 +137,7 @@ class _Parser(ABC):
             return f"{role} has more than {self._max_chars} characters"
         if "\0" in text:
             return f"{role} contains a NUL character"
-        if not text.isascii():  # isascii only looks at a flag, encode at each character
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                return f"{role} is not valid Unicode"
-        return None
+        return None if is_unicode(text) else f"{role} is not valid Unicode"
 
 
 class TripletParser(_Parser):

@@ -11,15 +11,27 @@ from typing import Any, Literal
 
 from gist_ray.config import DataConfig, SourceConfig
 from gist_ray.data.files import UNREADABLE, file_digest, file_size, is_local, list_files, readable_error, shown
-from gist_ray.data.formats import SUFFIXES, Head, Reject, kind_of, look, look_hub, read_hub, read_rows
+from gist_ray.data.formats import (
+    LINES_SUFFIXES,
+    SUFFIXES,
+    Head,
+    Reject,
+    kind_of,
+    look,
+    look_hub,
+    read_hub,
+    read_rows,
+)
 from gist_ray.data.rows import (
     LABEL_KEYS,
     ROLES,
     TASK_KEYS,
     Labelled,
     LabelledParser,
+    TextRow,
     Triplet,
     TripletParser,
+    text_row,
     their_columns,
 )
 from gist_ray.errors import InputError
@@ -28,6 +40,7 @@ from gist_ray.manifest import MANIFEST, digest_of
 __all__ = [
     "Labelled",
     "Reject",
+    "TextRow",
     "Triplet",
     "Unit",
     "columns_of",
@@ -35,6 +48,7 @@ __all__ = [
     "find_units",
     "parse_row",
     "read_labelled",
+    "read_texts",
     "read_unit",
 ]
 
@@ -42,7 +56,7 @@ _ROWS_PER_PART = 100_000
 _BYTES_PER_PART = 64 << 20
 _LOOKERS = 16  # threads that look at files: a bucket answers each request in tens of milliseconds
 
-Kind = Literal["triplets", "labels"]
+Kind = Literal["triplets", "labels", "texts"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +65,13 @@ class Unit:
 
     files: tuple[str, ...]
     kind: str
-    """parquet, jsonl, csv, medi or hub."""
+    """parquet, jsonl, csv, medi, lines or hub."""
     source: SourceConfig
     number: int
     """Index of the source in the list given."""
     part: tuple[int, int] | None = None
-    """Row groups [a, b) of a Parquet file, bytes [a, b) of a JSONL file in which its lines start, or (shard, number of
-    shards) of a Hub dataset. None: all."""
+    """Row groups [a, b) of a Parquet file, bytes [a, b) of a JSONL or text file in which its lines start, or (shard,
+    number of shards) of a Hub dataset. None: all."""
     first_row: int = 0
     """Rows of the file before this part where that is known (Parquet), else 0."""
 
@@ -69,7 +83,7 @@ class Unit:
             return whole
         if self.kind == "hub":
             return f"{whole}[shard {self.part[0]} of {self.part[1]}]"
-        return f"{whole}[{'bytes' if self.kind == 'jsonl' else 'row groups'} {self.part[0]}-{self.part[1]}]"
+        return f"{whole}[{'row groups' if self.kind == 'parquet' else 'bytes'} {self.part[0]}-{self.part[1]}]"
 
 
 # Units ---------------------------------------------------------------------------------------------------------------
@@ -87,13 +101,13 @@ def find_units(sources: Sequence[SourceConfig], kind: Kind = "triplets") -> list
     return [unit for number, source in enumerate(sources) for unit in _units_of(source, number, kind)]
 
 
-def columns_of(source: SourceConfig) -> list[str]:
+def columns_of(source: SourceConfig, kind: Kind = "triplets") -> list[str]:
     """Our names of the columns of a source's first file, after its `columns` mapping.
 
     Raises:
         InputError: as `find_units`, but for missing columns.
     """
-    unit = _whole_files(source, 0)[0]
+    unit = _whole_files(source, 0, kind)[0]
     if unit.kind == "hub":
         head = look_hub(unit.files[0], source.revision, source.split)[0]
     else:
@@ -117,7 +131,7 @@ def content_digest(unit: Unit) -> str:
 
 
 def _units_of(source: SourceConfig, number: int, kind: Kind) -> list[Unit]:
-    units = _whole_files(source, number)
+    units = _whole_files(source, number, kind)
     columns = _columns_read(source, kind)
     if units[0].kind == "hub":
         head, shards = look_hub(units[0].files[0], source.revision, source.split)
@@ -137,28 +151,29 @@ def _units_of(source: SourceConfig, number: int, kind: Kind) -> list[Unit]:
     return [replace(units[0], files=tuple(unit.files[0] for unit in units))]
 
 
-def _whole_files(source: SourceConfig, number: int) -> list[Unit]:
+def _whole_files(source: SourceConfig, number: int, kind: Kind) -> list[Unit]:
     """One unit for each file of a source, or for its Hub dataset."""
     if source.path.startswith("hf://"):
         return [Unit((source.path.removeprefix("hf://"),), "hub", source, number)]
     # An artifact of ours is a source too; its manifest is no data.
     files = list_files(source.path, lambda name: kind_of(name) is not None and name.rpartition("/")[2] != MANIFEST)
-    known = ", ".join(sorted(SUFFIXES))
+    lines = LINES_SUFFIXES if kind == "texts" else ()
+    known = ", ".join(sorted({*SUFFIXES, *lines}))
     if not files:
         raise InputError(
             f"source {shown(source.path)} does not exist or holds no data file; give a file, folder or glob of {known}"
         )
     units = []
     for file in files:
-        kind = kind_of(shown(file))
-        if kind is None:
+        kind_of_file = "lines" if shown(file).endswith(lines) else kind_of(shown(file))
+        if kind_of_file is None:
             raise InputError(f"{shown(file)} has an unknown format; known: {known}")
-        units.append(Unit((file,), kind, source, number))
+        units.append(Unit((file,), kind_of_file, source, number))
     return units
 
 
 def _parts(unit: Unit, head: Head) -> Iterator[Unit]:
-    """Cut a large file: Parquet between row groups, uncompressed local JSONL at fixed bytes."""
+    """Cut a large file: Parquet between row groups, uncompressed local lines at fixed bytes."""
     file = unit.files[0]
     if unit.kind == "parquet":
         cuts, rows, row = [0], [0], 0
@@ -167,7 +182,7 @@ def _parts(unit: Unit, head: Head) -> Iterator[Unit]:
             if row - rows[-1] >= _ROWS_PER_PART or i == len(head.group_rows):
                 cuts.append(i)
                 rows.append(row)
-    elif unit.kind == "jsonl" and is_local(file) and not file.endswith(".gz"):
+    elif unit.kind in ("jsonl", "lines") and is_local(file) and not file.endswith(".gz"):
         cuts = [*range(0, file_size(file), _BYTES_PER_PART), file_size(file)]
         rows = [0] * len(cuts)
     else:
@@ -181,6 +196,8 @@ def _parts(unit: Unit, head: Head) -> Iterator[Unit]:
 
 def _columns_read(source: SourceConfig, kind: Kind, instructions: Collection[str] = ROLES) -> tuple[str, ...]:
     """All columns of a source that may be looked at. `instructions`: roles whose instructions are."""
+    if kind == "texts":
+        return their_columns(source, "text")
     of_kind = (
         ("text", *LABEL_KEYS) if kind == "labels" else (*ROLES, *(f"{r}_instruct" for r in ROLES if r in instructions))
     )
@@ -192,18 +209,21 @@ def _check_columns(unit: Unit, head: Head, kind: Kind) -> None:
     if head.columns is None:
         return  # bad rows are rejects, not a bad file
     present, source = head.columns, unit.source
-    needed = {"triplets": ("query", "pos"), "labels": ("text", "label")}[kind]
+    needed = {"triplets": ("query", "pos"), "labels": ("text", "label"), "texts": ("text",)}[kind]
     for ours in dict.fromkeys((*needed, *source.columns)):
         if ours == "label" and ours not in source.columns and "label_text" in present:
             continue
         missing = next((name for name in their_columns(source, ours) if name not in present), None)
         if missing is not None:
-            raise InputError(_missing_column(unit.name, ours, missing, [str(name) for name in present], needed))
+            raise InputError(_missing_column(unit.name, ours, missing, [str(name) for name in present], needed, kind))
 
 
-def _missing_column(file: str, ours: str, missing: str, present: list[str], needed: tuple[str, ...]) -> str:
+def _missing_column(file: str, ours: str, missing: str, present: list[str], needed: tuple[str, ...], kind: Kind) -> str:
     lower = {name.lower(): name for name in present if name not in needed}
     near = difflib.get_close_matches(missing.lower(), lower, n=1, cutoff=0.4)
+    if kind == "texts":
+        likely = lower[near[0]] if near else present[0]
+        return f"{file} has no column `{missing}`; it has {', '.join(present)}. Say where texts are: --column {likely}"
     hint = f"did you mean `{lower[near[0]]}`? Then" if near else "where it has another name,"
     return (
         f"{file} has no column `{missing}`; it has {', '.join(present) or 'none'}. Required: {', '.join(needed)}. "
@@ -230,6 +250,20 @@ def read_labelled(unit: Unit, max_chars: int) -> Iterator[Labelled | Reject | No
     The label is `label_text` where there is one, else `label`; whole numbers are taken as their digits.
     """
     return _capped(unit, _columns_read(unit.source, "labels"), LabelledParser(unit.source, max_chars))
+
+
+def read_texts(unit: Unit, keep: Sequence[str] | None) -> Iterator[TextRow | Reject]:
+    """Stream every row of a unit, in order, as a text to embed; otherwise as `read_unit`.
+
+    `keep`: the source's columns that are wanted beside the text's, None for all. Rows may hold more.
+    """
+    column = their_columns(unit.source, "text")[0]
+    if keep is None and unit.kind == "parquet":
+        names = {file: look(file, unit.kind, ()).columns or [] for file in unit.files}
+        for file, own in names.items():
+            look(file, unit.kind, own)  # none of them twice
+        keep = [name for own in names.values() for name in own]
+    return _capped(unit, (column, *(keep or ())), lambda row: text_row(row, column))
 
 
 def parse_row(row: Any, source: SourceConfig, data: DataConfig) -> Triplet | Reject | None:

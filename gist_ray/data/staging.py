@@ -86,8 +86,10 @@ def check_pieces(staging: Path, names: list[str], suffix: str) -> list[Path]:
     return files
 
 
-def unit_reports(units: int, stage: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `stage` reports of each unit, in order, on Ray Data.
+def unit_reports(
+    units: int, stage: Callable[[int], dict[str, Any]], *, shown: str = "read", unit: str = "unit"
+) -> list[dict[str, Any]]:
+    """What `stage` reports of each unit, in order, on Ray Data. `shown` and `unit` are for the progress bar.
 
     Raises:
         InputError: of all units that raised one.
@@ -101,7 +103,7 @@ def unit_reports(units: int, stage: Callable[[int], dict[str, Any]]) -> list[dic
             return {**item, "report": json.dumps({"error": str(error)})}
 
     items = ray.data.from_items([{"unit": i} for i in range(units)], override_num_blocks=units)
-    rows = tqdm(items.map(read, num_cpus=1).iter_rows(), total=units, desc="read", unit="unit", disable=None)
+    rows = tqdm(items.map(read, num_cpus=1).iter_rows(), total=units, desc=shown, unit=unit, disable=None)
     reports = [json.loads(row["report"]) for row in sorted(rows, key=lambda row: int(row["unit"]))]
     if errors := [report["error"] for report in reports if "error" in report]:
         more = f"; and {len(errors) - _ERRORS_SHOWN} more files" if len(errors) > _ERRORS_SHOWN else ""

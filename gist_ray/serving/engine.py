@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gist_ray.encoder import TokenIds
+from gist_ray.errors import InputError
 from gist_ray.serving.pieces import Piece
 from gist_ray.serving_config import Backend, Precision
 
@@ -61,19 +62,34 @@ def load_engine(
 ) -> Engine:
     """Load a model folder, or a Hub id, as an engine. It sets the compute threads of this process.
 
-    `auto` is torch on a GPU, and OpenVINO on a CPU where it is installed: on all-MiniLM-L6-v2 it answers a lone short
+    Raises:
+        InputError: as `Encoder.load` and `chosen_backend`; or the backend is not installed.
+    """
+    from gist_ray.serving.openvino_engine import OpenVinoEngine
+    from gist_ray.serving.torch_engine import TorchEngine
+
+    if chosen_backend(backend, precision, device) == "openvino":
+        return OpenVinoEngine.load(path, precision=precision, threads=threads)
+    return TorchEngine.load(path, precision=precision, threads=threads, device=device)
+
+
+def chosen_backend(backend: Backend, precision: Precision, device: str) -> Backend:
+    """The backend given, or what `auto` is here: never `auto`.
+
+    That is torch on a GPU, and OpenVINO on a CPU where it is installed: on all-MiniLM-L6-v2 it answers a lone short
     text in half of torch's time.
 
     Raises:
-        InputError: as `Encoder.load`; or the backend is missing, or has no such precision.
+        InputError: it does not compute in this precision on this device.
     """
     from gist_ray.openvino_model import is_installed
-    from gist_ray.serving.openvino_engine import OpenVinoEngine
-    from gist_ray.serving.torch_engine import TorchEngine
 
     if backend == "auto":
         suits = device == "cpu" and precision in ("fp32", "int8")
         backend = "openvino" if suits and (precision == "int8" or is_installed()) else "torch"
-    if backend == "openvino":
-        return OpenVinoEngine.load(path, precision=precision, threads=threads, device=device)
-    return TorchEngine.load(path, precision=precision, threads=threads, device=device)
+    if backend == "openvino" and (device != "cpu" or precision not in ("fp32", "int8")):
+        raise InputError(f"the openvino backend computes in fp32 or int8 on the CPU, not in {precision} on {device}")
+    if backend == "torch" and (precision == "int8" or (device == "cpu" and precision != "fp32")):
+        remedy = "use the openvino backend" if precision == "int8" else "take fp32 or int8, or serve on a GPU"
+        raise InputError(f"the torch backend does not compute in {precision} on {device}; {remedy}")
+    return backend

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gist_ray.encoder import Encoder, TokenIds
-from gist_ray.errors import InputError
 from gist_ray.openvino_model import OpenVinoModel, converted
 from gist_ray.serving.engine import Vectors
 from gist_ray.serving.pieces import EncoderTexts
@@ -21,18 +20,12 @@ class OpenVinoEngine(EncoderTexts):
         self._model, self.precision = model, precision
 
     @classmethod
-    def load(
-        cls, path: str | Path, *, precision: Precision = "fp32", threads: int = 1, device: str = "cpu"
-    ) -> OpenVinoEngine:
+    def load(cls, path: str | Path, *, precision: Precision = "fp32", threads: int = 1) -> OpenVinoEngine:
         """Load a model folder; fp32 is converted here, in a few seconds.
 
         Raises:
-            InputError: as `Encoder.load`, `converted` and `int8_file`; not a CPU, or another precision.
+            InputError: as `Encoder.load`, `converted` and `int8_file`.
         """
-        if device != "cpu" or precision not in ("fp32", "int8"):
-            raise InputError(
-                f"the openvino backend computes in fp32 or int8 on the CPU, not in {precision} on {device}"
-            )
         if precision == "int8":
             from gist_ray.int8 import int8_file
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gist_ray.encoder import Encoder, TokenIds
-from gist_ray.errors import InputError
 from gist_ray.serving.engine import Vectors
 from gist_ray.serving.pieces import EncoderTexts
 from gist_ray.serving_config import Precision
@@ -27,11 +26,8 @@ class TorchEngine(EncoderTexts):
         """Load a model folder and set the torch threads of this process.
 
         Raises:
-            InputError: as `Encoder.load`, or a precision that this device does not compute in.
+            InputError: as `Encoder.load`.
         """
-        if precision not in _TYPES or (device == "cpu" and precision != "fp32"):
-            remedy = "use the openvino backend" if precision == "int8" else "take fp32 or int8, or serve on a GPU"
-            raise InputError(f"the torch backend does not compute in {precision} on {device}; {remedy}")
         torch.set_num_threads(threads)
         encoder = Encoder.load(path, device=device)
         encoder.model.to(_TYPES[precision])
