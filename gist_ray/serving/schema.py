@@ -75,11 +75,16 @@ def _text(value: Any) -> str:
     return _texts(value)[0]
 
 
+def _whole(value: Any) -> Any:
+    """A number without a fraction is an integer, as in JSON Schema: some languages write 64 as 64.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _LIST_SCHEMA = {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1, "maxItems": MAX_TEXTS}
 Texts = Annotated[list[str], BeforeValidator(_texts), WithJsonSchema({"anyOf": [_TEXT_SCHEMA, _LIST_SCHEMA]})]
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(_TEXT_SCHEMA)]
-Dimensions = Annotated[StrictInt, Field(ge=1)]
+Dimensions = Annotated[StrictInt, BeforeValidator(_whole), Field(ge=1)]
 
 
 class _Request(BaseModel):
@@ -128,7 +133,7 @@ class SimilarityInputs(_Request):
     """One text and those to compare it with."""
 
     source_sentence: Text
-    sentences: Annotated[list[str], BeforeValidator(_texts), WithJsonSchema(_LIST_SCHEMA)]
+    sentences: Texts
 
 
 class SimilarityParameters(_Request):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from starlette.routing import Mount
 
 from gist_ray.serving.api import create_api
 from gist_ray.serving.fake_engine import FakeEngine
-from gist_ray.serving.gate import Access
+from gist_ray.serving.gate import OPEN, Access
 from gist_ray.serving.measures import Measures
 from gist_ray.serving.models import Models
 from gist_ray.serving.outcomes import Overloaded
@@ -215,3 +216,44 @@ def test_the_api_does_not_need_ray():
     code = "import sys, gist_ray.serving.api; sys.exit('ray' in sys.modules)"
     environment = {**os.environ, "COVERAGE_PROCESS_START": ""}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == 0
+
+
+def test_the_description_is_whole_and_names_every_answer():
+    digest = hashlib.sha256(b"key").hexdigest()
+
+    async def test(client, scheduler) -> None:
+        description = (await client.get("/openapi.json", headers={"authorization": "Bearer key"})).json()
+        for reference in re.findall(r'"\$ref": ?"([^"]*)"', json.dumps(description)):
+            found = description
+            for step in reference.removeprefix("#/").split("/"):
+                found = found[step]
+            assert found["type"] == "object", reference
+        error = {"$ref": "#/components/schemas/ErrorResponse"}
+        for path, operations in description["paths"].items():
+            for method, operation in operations.items():
+                is_open = (method.upper(), path) in OPEN
+                assert operation.get("security") == (None if is_open else [{"key": []}])
+                statuses = {"403"} if is_open else {"401", "403"}
+                assert statuses <= operation["responses"].keys(), path
+                for status in operation["responses"].keys() - {"200"}:
+                    assert operation["responses"][status]["content"] == {"application/json": {"schema": error}}
+                if not is_open:
+                    expect_error(await client.request(method, path, json={}), 401)
+
+    async def without_keys(client, scheduler) -> None:
+        description = (await client.get("/openapi.json")).json()
+        assert "securitySchemes" not in description["components"]
+        assert not any("security" in operation for path in description["paths"].values() for operation in path.values())
+
+    serving(test, api_key_sha256=(digest,))
+    serving(without_keys)
+
+
+def test_a_wrong_method_is_told_the_right_ones():
+    async def test(client, scheduler) -> None:
+        for path, methods in (("/", "GET, POST"), (OPENAI, "POST"), ("/health", "GET")):
+            answer = await client.delete(path)
+            expect_error(answer, 405)
+            assert answer.headers["allow"] == methods
+
+    serving(test)

@@ -53,7 +53,9 @@ def test_dimensions_cut_then_normalise():
             assert abs(np.linalg.norm(vector) - 1) < 1e-6
         raw = (await client.post(TEI, json={"inputs": "a b", "dimensions": 4, "normalize": False})).json()
         np.testing.assert_array_equal(np.array(raw[0], dtype=np.float32), whole[:4])
-        for bad in (0, -1, 17, 10**30, 1.5, "4", True, [4]):
+        whole_number = (await client.post(TEI, json={"inputs": "a b", "dimensions": 4.0})).json()  # some languages' 4
+        np.testing.assert_array_equal(whole_number[0], vector)
+        for bad in (0, -1, 17, 10**30, 1.5, -1.0, 17.0, 1e300, "4", True, [4]):
             error = expect_error(await client.post(OPENAI, json={"input": "a", "dimensions": bad}), 422)
             assert error["param"] == "dimensions"
 
@@ -177,6 +179,8 @@ def test_similarity_is_the_cosine_with_each_sentence():
         np.testing.assert_allclose(answer.json(), whole @ whole[0], atol=1e-6)
         prompted = await client.post("/similarity", json=body | {"parameters": {"prompt_name": "query"}})
         assert prompted.status_code == 200 and prompted.json()[1] != answer.json()[1]
+        single = await client.post("/similarity", json={"inputs": {"source_sentence": "a b", "sentences": "c"}})
+        assert single.json() == answer.json()[1:2]
         for inputs, status in (
             ({"source_sentence": "a"}, 422),
             ({"source_sentence": "", "sentences": ["a"]}, 400),
