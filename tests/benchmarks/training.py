@@ -185,7 +185,7 @@ def table_figures(quick: bool) -> list[Figure]:
     Starts of Ray and its workers are in it, whatever the number of rows: 2,048 rows gave 2.3, and said little else.
     The peer's seconds are those of its steps alone, measured before and after, times their number.
     """
-    batch_size, count = (16, 64) if quick else (256, 4096)
+    batch_size, count = (16, 64) if quick else (256, 6144)
     guide = str(minilm()) if quick else mpnet()
     rows = real_rows(SHORT, count)
     recipe = recipe_for("table", guide, train={"batch_size": batch_size})
