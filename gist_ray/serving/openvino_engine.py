@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from gist_ray.converted_models import converted_file
 from gist_ray.encoder import Encoder, TokenIds
 from gist_ray.openvino_model import OpenVinoModel, converted
 from gist_ray.serving.engine import Vectors
@@ -21,15 +23,16 @@ class OpenVinoEngine(EncoderTexts):
 
     @classmethod
     def load(cls, path: str | Path, *, precision: Precision = "fp32", threads: int = 1) -> OpenVinoEngine:
-        """Load a model folder; fp32 is converted here, in a few seconds.
+        """Load a model folder. The first time fp32 is converted, in some seconds; see `converted_models`.
 
         Raises:
             InputError: as `Encoder.load`, `converted` and `int8_file`.
         """
-        if precision == "int8":
-            from gist_ray.int8 import int8_file
+        from gist_ray.int8 import int8_file
 
-            encoder, model = Encoder.load(path, weights=False), int8_file(path)
+        model: Any = int8_file(path) if precision == "int8" else converted_file(path)
+        if model:
+            encoder = Encoder.load(path, weights=False)
         else:
             encoder = Encoder.load(path)
             model = converted(encoder)
