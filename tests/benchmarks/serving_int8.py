@@ -15,7 +15,7 @@ from serving_offline import Offline
 from serving_servers import our_server
 from training_processes import Group
 
-CALIBRATION_ROWS = 3000
+CALIBRATION_ROWS = 1000
 
 
 @cache
@@ -27,9 +27,9 @@ def int8_model() -> Path:
 
     folder = Path(tempfile.mkdtemp(prefix="int8-"))
     texts: list[str] = []
-    for name in ("esnli.parquet", "medquad.parquet"):
-        columns = pq.read_table(SHARED / "train" / name, columns=["query", "pos"]).slice(50_000).to_pydict()
-        texts += [text for column in columns.values() for text in column[:CALIBRATION_ROWS]]
+    for name in ("quora.parquet", "medquad.parquet", "trivia.parquet"):
+        columns = pq.read_table(SHARED / "train" / name, columns=["query", "pos"])[:CALIBRATION_ROWS].to_pydict()
+        texts += [text for column in columns.values() for text in column]
     lines = folder / "texts.txt"
     lines.write_text("\n".join(" ".join(text.split()) for text in texts), encoding="utf-8")
     return export(minilm(), folder / "model", int8=True, texts=lines)
