@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gist_ray.encoder import BATCH_TOKENS, SIMILAR_LENGTH, Encoder, TokenIds, length_sorted_chunks
+from gist_ray.chunks import BATCH_TOKENS, vectors_in_chunks
+from gist_ray.encoder import Encoder, TokenIds
 from gist_ray.errors import InputError
 
 Vectors = npt.NDArray[np.float32]
@@ -48,11 +49,7 @@ class OpenVinoModel:
 
     def embed_sorted(self, tokens: Sequence[TokenIds], *, batch_tokens: int | None = None) -> Vectors:
         """Vectors `[n, dim]` of any number of texts, in forwards of similar lengths, in the order given."""
-        vectors, lengths = np.empty((len(tokens), self.dim), dtype=np.float32), np.array([len(row) for row in tokens])
-        budget = batch_tokens or BATCH_TOKENS["cpu"]
-        for chunk in length_sorted_chunks(lengths, budget, similar=SIMILAR_LENGTH) if len(tokens) else []:
-            vectors[chunk] = self.embed([tokens[i] for i in chunk])
-        return vectors
+        return vectors_in_chunks(tokens, self.dim, batch_tokens or BATCH_TOKENS["cpu"], self.embed)
 
 
 def converted(encoder: Encoder) -> Any:

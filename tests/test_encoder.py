@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gist_ray.encoder import Encoder, fingerprint, length_sorted_chunks, pool
+from gist_ray.encoder import Encoder, fingerprint, pool
 from gist_ray.errors import InputError
 
 TEXTS = ["a", "", "The cat sits outside. " * 40, "  spaces  ", "naïve café ☕ 東京", "A plane is taking off."]
@@ -81,18 +81,6 @@ def test_chunks_do_not_change_vectors(tiny_model: Path, batch_tokens: int):
     encoder = Encoder.load(tiny_model)
     np.testing.assert_allclose(encoder.encode(TEXTS, batch_tokens=batch_tokens), encoder.encode(TEXTS), atol=1e-6)
     assert encoder.encode([]).shape == (0, 32)
-
-
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.integers(16, 500), st.sampled_from([0.0, 0.9]))
-def test_chunks_cover_every_index_once_within_budget(lengths: list[int], budget: int, similar: float):
-    array = np.array(lengths)
-    chunks = length_sorted_chunks(array, budget, similar=similar)
-    for chunk in chunks:
-        alike = (array[chunk] >= similar * array[chunk].max()).sum()
-        assert alike == len(chunk) or alike * array[chunk].max() < budget // 8
-    assert sorted(np.concatenate(chunks)) == list(range(len(lengths)))
-    assert all(len(chunk) * array[chunk].max() <= budget or len(chunk) == 1 for chunk in chunks)
-    assert (np.diff(array[np.concatenate(chunks)]) <= 0).all()
 
 
 def test_pooling_ignores_padding():

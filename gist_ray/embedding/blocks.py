@@ -7,11 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from gist_ray.chunks import BATCH_TOKENS
 from gist_ray.data.embedders import BlockActor
 from gist_ray.data.texts import Keys, key_column, write_arrow
 from gist_ray.embed_config import EmbedConfig
 from gist_ray.embedding.embedder import Rows, TextEmbedder, prompt_of
-from gist_ray.encoder import BATCH_TOKENS, fingerprint
+from gist_ray.encoder import fingerprint
 from gist_ray.errors import InputError
 from gist_ray.int8 import int8_file
 from gist_ray.manifest import digest_files

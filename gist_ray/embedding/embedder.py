@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gist_ray.chunks import BATCH_TOKENS, vectors_in_chunks
 from gist_ray.data.embedders import check_vectors
 from gist_ray.embed_config import NumberType, VectorConfig
-from gist_ray.encoder import BATCH_TOKENS, SIMILAR_LENGTH, TokenIds, length_sorted_chunks
+from gist_ray.encoder import TokenIds
 from gist_ray.errors import InputError
 from gist_ray.serving.answers import as_type, cut
 from gist_ray.serving.engine import Engine, Vectors, load_engine
@@ -57,12 +58,12 @@ class TextEmbedder:
             InputError: a text gets no vector: the model is broken.
         """
         tokens = self._engine.tokenize(texts, prompt=self._prompt)
-        vectors: Vectors = np.empty((len(texts), self._engine.dim), dtype=np.float32)
-        lengths = np.array([len(row) for row in tokens], dtype=np.int64)
-        for chunk in length_sorted_chunks(lengths, self._batch_tokens, similar=SIMILAR_LENGTH):
-            vectors[chunk] = self._engine.finish(self._engine.forward([tokens[i] for i in chunk]))
+        vectors = vectors_in_chunks(tokens, self._engine.dim, self._batch_tokens, self._forward)
         check_vectors(vectors, texts, self._config.model)
         return as_asked(vectors, self._config), self._num_cut(texts, tokens)
+
+    def _forward(self, tokens: list[TokenIds]) -> Vectors:
+        return self._engine.finish(self._engine.forward(tokens))
 
     def _num_cut(self, texts: Sequence[str], tokens: list[TokenIds]) -> int:
         full = [text for text, row in zip(texts, tokens, strict=True) if len(row) == self.max_tokens]

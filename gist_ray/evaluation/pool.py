@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from gist_ray.encoder import BATCH_TOKENS, Encoder, length_sorted_chunks
+from gist_ray.chunks import BATCH_TOKENS, length_sorted_chunks
+from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.int8 import Int8Encoder
 

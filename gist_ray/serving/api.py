@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from gist_ray.serving import schema
 from gist_ray.serving.api_error import ApiError
-from gist_ray.serving.gate import OPEN, Access, Endpoint, Gate, on_error
+from gist_ray.serving.gate import OPEN, Access, Gate, Handler, on_error, path_below_mount
 from gist_ray.serving.measures import Measures
 from gist_ray.serving.models import Models
 from gist_ray.serving.outcomes import Closed
@@ -86,7 +86,7 @@ def _error_handler(described: Mapping[str, Iterable[str]]) -> Callable[[Request,
 
     async def answered(request: Request, error: Exception) -> Response:
         answer = on_error(request, error)
-        if answer.status_code == 405 and (methods := described.get(request.url.path)):
+        if answer.status_code == 405 and (methods := described.get(path_below_mount(request.scope))):
             answer.headers["allow"] = ", ".join(sorted(methods)).upper()  # the framework names those of one route
         return answer
 
@@ -94,7 +94,7 @@ def _error_handler(described: Mapping[str, Iterable[str]]) -> Callable[[Request,
 
 
 def _add_post(
-    app: FastAPI, path: str, endpoint: Endpoint, asked: type[BaseModel], answered: Any, *, raw: bool = False
+    app: FastAPI, path: str, endpoint: Handler, asked: type[BaseModel], answered: Any, *, raw: bool = False
 ) -> None:
     """A route that reads its own body, so that limits and errors are ours; the schemas are for `/docs`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -10,6 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from gist_ray.serving.outcomes import Closed, ForwardFailed, Overloaded, RequestTooLarge, TextTooLong, UnknownModel
+
+log = logging.getLogger(__name__)
 
 STATUS_OF_PROBLEM = {"empty_input": 400, "token_ids": 400, "too_many_texts": 413}
 """Our own validation problems that are not 422."""
@@ -47,7 +50,7 @@ def field_error(error: ValidationError) -> ApiError:
 
 
 def as_api_error(error: Exception, texts_field: str) -> ApiError:
-    """Any exception. `texts_field` is what the route calls its texts."""
+    """Any exception; a fault of ours is logged here. `texts_field` is what the route calls its texts."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
@@ -66,7 +69,9 @@ def as_api_error(error: Exception, texts_field: str) -> ApiError:
         answer = ApiError(503, str(error), code="not_ready")
     elif isinstance(error, ClientDisconnect):
         answer = ApiError(400, "the connection ended before the body did")
-    else:  # a fault of ours
-        message = str(error) if isinstance(error, ForwardFailed) else "internal error; see the server's log"
-        answer = ApiError(500, message, code="internal_error")
+    elif isinstance(error, ForwardFailed):  # the scheduler has logged it
+        answer = ApiError(500, str(error), code="internal_error")
+    else:
+        log.error("a request failed", exc_info=error)
+        answer = ApiError(500, "internal error; see the server's log", code="internal_error")
     return answer

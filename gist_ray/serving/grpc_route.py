@@ -16,6 +16,7 @@ from gist_ray.serving.grpc_messages import EmbedResponse
 from gist_ray.serving.measures import Measures
 from gist_ray.serving.models import Models
 from gist_ray.serving.routes import embedded
+from gist_ray.serving.tracing import NO_TRACING, Tracing, trace_phases
 
 ROUTE = "grpc:Embed"
 _CODES = {
@@ -33,30 +34,38 @@ _CODES = {
 class GrpcRoute:
     """`gist_ray.v1.Embeddings/Embed`."""
 
-    def __init__(self, models: Models, measures: Measures, access: Access) -> None:
-        self._models, self._measures, self._access = models, measures, access
+    def __init__(self, models: Models, measures: Measures, access: Access, tracing: Tracing = NO_TRACING) -> None:
+        self._models, self._measures, self._access, self._tracing = models, measures, access, tracing
 
     async def embed(self, message: Any, context: Any) -> Any:
         """An `EmbedResponse` for an `EmbedRequest`. An error is told in the context, with an empty response.
 
-        Raised, it would be logged with its traceback, for each bad request.
+        Raised, Serve would log it with its traceback, for each bad request.
         """
         started, status = time.perf_counter(), 200
-        try:
-            return await self._answer(message, context)
-        except Exception as error:  # every error has a status
-            answer = as_api_error(error, "texts")
-            status = answer.status
-            context.set_code(_CODES.get(status, grpc.StatusCode.INTERNAL))
-            context.set_details(answer.message)
-            if answer.headers:
-                context.set_trailing_metadata([(name.lower(), value) for name, value in answer.headers.items()])
-            return EmbedResponse()
-        finally:
-            self._measures.answered(ROUTE, status, time.perf_counter() - started)
+        # Values may be bytes, of names that end in `-bin`.
+        sent = [(name.encode(), value) for name, value in context.invocation_metadata() if isinstance(value, str)]
+        headers = [(name, value.encode()) for name, value in sent]
+        with self._tracing.request("gRPC", ROUTE, headers) as span:
+            try:
+                return await self._answer(message, context.peer(), dict(headers))
+            except Exception as error:  # every error has a status
+                answer = as_api_error(error, "texts")
+                status = answer.status
+                context.set_code(_CODES.get(status, grpc.StatusCode.INTERNAL))
+                context.set_details(answer.message)
+                if answer.headers:
+                    context.set_trailing_metadata([(name.lower(), value) for name, value in answer.headers.items()])
+                return EmbedResponse()
+            finally:
+                self._measures.answered(ROUTE, status, time.perf_counter() - started)
+                span.ended(status)
 
-    async def _answer(self, message: Any, context: Any) -> Any:
-        self._admit(context)
+    async def _answer(self, message: Any, peer: str, headers: dict[bytes, bytes]) -> Any:
+        # `ipv4:127.0.0.1:50000`, `ipv6:[::1]:50000`
+        address = peer.partition(":")[2].rpartition(":")[0].strip("[]")
+        if refusal := self._access.refusal(address, headers.get(b"authorization", b"")):
+            raise refusal
         asked = _parsed(message)
         served = self._models.get(asked.model)
         found = await embedded(served, asked.input, asked.prompt_name, asked.truncate, asked.dimensions)
@@ -65,15 +74,10 @@ class GrpcRoute:
         response = EmbedResponse(
             vectors=rows.tobytes(), dim=rows.shape[1], num_tokens=found.num_tokens, model=served.model_id
         )
-        self._measures.embedded(served.model_id, found, time.perf_counter() - started)
+        serialize_s = time.perf_counter() - started
+        self._measures.embedded(served.model_id, found, serialize_s)
+        trace_phases(served.model_id, found, serialize_s)
         return response
-
-    def _admit(self, context: Any) -> None:
-        # `ipv4:127.0.0.1:50000`, `ipv6:[::1]:50000`
-        peer = str(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
-        sent = {str(name).lower(): value for name, value in context.invocation_metadata()}
-        if refusal := self._access.refusal(peer, str(sent.get("authorization", "")).encode()):
-            raise refusal
 
 
 def _parsed(message: Any) -> schema.OpenAIRequest:

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from gist_ray.encoder import TokenIds, length_sorted_chunks
+from gist_ray.chunks import length_sorted_chunks
+from gist_ray.encoder import TokenIds
 
 
 @dataclass(eq=False)

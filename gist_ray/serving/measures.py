@@ -16,6 +16,7 @@ from gist_ray.serving.models import Models, Served
 from gist_ray.serving.outcomes import Embeddings
 
 _NAMES = ("model", "replica")
+_PHASES = ("tokenize", "queue", "forward", "serialize")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
@@ -46,6 +47,7 @@ class Measures:
         self._request_texts = Histogram(
             "gist_ray_request_texts", "Texts of a request.", _NAMES, buckets=_TEXTS, registry=self._registry
         )
+        self._of_model: dict[str, tuple[Histogram, list[Histogram]]] = {}
         self._failed_swaps = Counter(
             "gist_ray_failed_swaps",
             "New models that could not be loaded; the old ones were kept.",
@@ -61,10 +63,14 @@ class Measures:
 
     def embedded(self, model_id: str, found: Embeddings, serialize_s: float) -> None:
         """Note where the time of a request for embeddings went."""
-        self._request_texts.labels(model_id, self._replica).observe(len(found.vectors))
-        seconds = {"tokenize": found.tokenize_s, "queue": found.queue_s, "forward": found.forward_s}
-        for phase, value in (seconds | {"serialize": serialize_s}).items():
-            self._phases.labels(model_id, self._replica, phase).observe(value)
+        if model_id not in self._of_model:  # prometheus_client would look each of them up, under a lock
+            phases = [self._phases.labels(model_id, self._replica, phase) for phase in _PHASES]
+            self._of_model[model_id] = (self._request_texts.labels(model_id, self._replica), phases)
+        request_texts, phases = self._of_model[model_id]
+        request_texts.observe(len(found.vectors))
+        seconds = (found.tokenize_s, found.queue_s, found.forward_s, serialize_s)
+        for phase, value in zip(phases, seconds, strict=True):
+            phase.observe(value)
 
     def swap_failed(self) -> None:
         """Count a change of models that did not come about."""

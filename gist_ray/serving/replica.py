@@ -53,10 +53,11 @@ class Replica:
         own = {"127.0.0.1", "::1", ray.util.get_node_ip_address()}
         peers = frozenset(own if args.local_only else ())
         self._access = Access(api_key_sha256, peers, access_log=args.access_log)
-        self._grpc = GrpcRoute(self._models, self._measures, self._access)
+        self._tracing = Tracing.from_environment()
+        self._grpc = GrpcRoute(self._models, self._measures, self._access, self._tracing)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._models, self._measures, self._access, Tracing.from_environment())
+        return create_api(self._models, self._measures, self._access, self._tracing)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve the models of a `user_config`. Called by Serve, while requests run.

@@ -28,6 +28,7 @@ from gist_ray.serving.engine import Engine, Vectors
 from gist_ray.serving.lanes import Lanes, Text
 from gist_ray.serving.outcomes import Closed, Embeddings, ForwardFailed, Overloaded, RequestTooLarge, TextTooLong
 from gist_ray.serving.pieces import Piece
+from gist_ray.serving.reader import Reader
 from gist_ray.serving.tuning import tuned_batch_tokens
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,6 @@ UNTUNED_BATCH_TOKENS = 1024
 """Until it is measured."""
 TYPICAL_TOKENS = (16, 64)
 """Lengths of the texts that batches are tuned for: a query and a paragraph."""
-INLINE_CHARACTERS = 500
-"""Up to so many are tokenized in the event loop: in 0.1 ms for a query, 0.4 ms at most."""
 FAST_LANE_TOKENS = 256
 """Requests up to this size go in the fast lane: a query or a few."""
 RETRY_AFTER_LIMIT_S = 60
@@ -107,11 +106,10 @@ class Scheduler:
         self._work = asyncio.Event()
         self._asking, self._nobody_asks = 0, asyncio.Event()
         self._turn = turn or threading.Lock()
-        self._reading = threading.Lock()
         self._loop_task: asyncio.Task[None] | None = None
         self._warm = False
-        # One thread each: one forward at a time is what makes the batches, and tokenizing runs beside it.
-        self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._reader = Reader()
+        # One thread: one forward at a time is what makes the batches.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward")
         # Until a batch has been measured: a slow guess, so that nobody is told to come back too early.
         self._rate_tokens, self._rate_seconds = 1000.0, 1.0
@@ -132,7 +130,7 @@ class Scheduler:
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
-        self._tokenizer.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self) -> None:
@@ -166,7 +164,7 @@ class Scheduler:
             Exception: whatever the engine raises: a model that cannot run must not become ready.
         """
         texts = ["warm up", "warm up " * self.engine.max_tokens]
-        short, longest = await self._read(texts, partial(self.engine.tokenize, texts))
+        short, longest = await self._reader.read(texts, partial(self.engine.tokenize, texts))
 
         def seconds(rows: int, length: int) -> float:
             _, took = self._forward([longest[:length]] * rows)
@@ -191,7 +189,7 @@ class Scheduler:
             raise Closed("the scheduler is not running")
 
         async def tiny_forward() -> None:
-            tokens = await self._read(["a"], partial(self.engine.tokenize, ["a"]))
+            tokens = await self._reader.read(["a"], partial(self.engine.tokenize, ["a"]))
             await self._in_thread(self._executor, self._forward, tokens)
 
         await asyncio.wait_for(tiny_forward(), deadline_s)
@@ -212,7 +210,7 @@ class Scheduler:
     async def _embed(self, texts: Sequence[str], prompt: str, truncate: bool) -> Embeddings:
         self._admit(1)  # a full queue is refused before tokenizing is paid for
         started = time.perf_counter()
-        tokens = await self._read(texts, partial(self.engine.tokenize, texts, prompt=prompt, truncate=truncate))
+        tokens = await self._reader.read(texts, partial(self.engine.tokenize, texts, prompt=prompt, truncate=truncate))
         tokenized = time.perf_counter()
         for index, row in enumerate(tokens):
             if len(row) > self.engine.max_tokens:  # only with truncate=False
@@ -233,27 +231,10 @@ class Scheduler:
         )
 
     async def pieces(self, texts: Sequence[str], *, prompt: str, special: bool) -> list[list[Piece]]:
-        """`Engine.pieces`, in the thread that tokenizes: a tokenizer may not be used by two at once."""
+        """As `Engine.pieces`."""
         work = partial(self.engine.pieces, texts, prompt=prompt, special=special)
         with self._someone_asks():
-            return await self._read(texts, work)
-
-    async def _read(self, texts: Sequence[str], work: Callable[[], T]) -> T:
-        """Run the tokenizer: here for a short text, since a thread and back takes longer; else in its thread.
-
-        Never in two threads at once: a tokenizer may not be used so.
-        """
-        if sum(map(len, texts)) <= INLINE_CHARACTERS and self._reading.acquire(blocking=False):
-            try:
-                return work()
-            finally:
-                self._reading.release()
-
-        def alone() -> T:
-            with self._reading:
-                return work()
-
-        return await self._in_thread(self._tokenizer, alone)
+            return await self._reader.read(texts, work)
 
     @contextmanager
     def _someone_asks(self) -> Iterator[None]:

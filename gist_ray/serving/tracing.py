@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -78,20 +78,18 @@ class Tracing:
             self._provider.force_flush()
 
     @contextmanager
-    def request(self, scope: Mapping[str, Any], route: str) -> Iterator[Span]:
-        """The span of a request, for the length of a `with` block."""
+    def request(self, method: str, route: str, headers: Iterable[tuple[bytes, bytes]]) -> Iterator[Span]:
+        """The span of a request, for the length of a `with` block. A `traceparent` among `headers` is its parent."""
         if self._tracer is None:
             yield _NO_SPAN
             return
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind
 
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        attributes = {"http.request.method": scope["method"], "http.route": route}
-        name = f"{scope['method']} {route}"
-        context = extract(headers)
+        context = extract({name.decode("latin-1"): value.decode("latin-1") for name, value in headers})
+        attributes = {"http.request.method": method, "http.route": route}
         with self._tracer.start_as_current_span(
-            name, context=context, kind=SpanKind.SERVER, attributes=attributes
+            f"{method} {route}", context=context, kind=SpanKind.SERVER, attributes=attributes
         ) as span:
             token = _current.set(real := _RealSpan(self._tracer, span))
             try:

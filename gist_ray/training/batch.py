@@ -13,10 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gist_ray.chunks import BATCH_TOKENS, SIMILAR_LENGTH, length_sorted_chunks
 from gist_ray.config import Recipe
 from gist_ray.data.plan import worker_texts
 from gist_ray.data.shards import Shards
-from gist_ray.encoder import BATCH_TOKENS, SIMILAR_LENGTH, Encoder, length_sorted_chunks
+from gist_ray.encoder import Encoder
 
 Ids = npt.NDArray[np.int64]
 _Item = TypeVar("_Item")

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from figures import Figure, interleaved, main, median_figure, ratios
 
+from gist_ray.chunks import SIMILAR_LENGTH, length_sorted_chunks
 from gist_ray.data.plan import EpochPlan, Planner
 from gist_ray.data.shards import Triplets
-from gist_ray.encoder import SIMILAR_LENGTH, length_sorted_chunks
 
 TRAIN = Path(__file__).parents[3] / "shared" / "data" / "train"
 ROLES = ("query", "pos", "neg")

@@ -24,7 +24,7 @@ from serving_offline import Offline
 from serving_servers import our_server, stock_server
 from training_processes import Group
 
-from gist_ray.encoder import length_sorted_chunks
+from gist_ray.chunks import length_sorted_chunks
 from gist_ray.serving.engine import load_engine
 from gist_ray.serving.tuning import tuned_batch_tokens
 
