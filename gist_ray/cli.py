@@ -64,10 +64,11 @@ def _check(arguments: argparse.Namespace) -> str:
 
 def _mine(arguments: argparse.Namespace) -> Path:
     from gist_ray.data.mine import mine
-    from gist_ray.recipe_file import mine_config
+    from gist_ray.mine_config import MineConfig
+    from gist_ray.recipe_file import parsed_settings
 
     tree = {"source": {"path": arguments.input}, "guide": {"path": arguments.guide}}
-    return mine(mine_config(tree, tuple(arguments.overrides)), arguments.output)
+    return mine(parsed_settings(MineConfig, tree, "mine", tuple(arguments.overrides)), arguments.output)
 
 
 def _prepare(arguments: argparse.Namespace) -> Path:
@@ -121,8 +122,9 @@ def _embed(arguments: argparse.Namespace) -> Path | None:
     if arguments.file in (None, "-"):
         _embed_lines(arguments, tree)
         return None
+    from gist_ray.embed_config import EmbedConfig
     from gist_ray.embedding.run import embed
-    from gist_ray.recipe_file import embed_config
+    from gist_ray.recipe_file import parsed_settings
 
     if arguments.format:
         raise InputError("--format is for lines on stdin; the name of --out says what a file becomes")
@@ -134,7 +136,8 @@ def _embed(arguments: argparse.Namespace) -> Path | None:
     name = Path(arguments.file.rstrip("/")).name.split(".")[0]
     if not arguments.out and set(name) & set("*?["):
         raise InputError(f"{arguments.file} is a pattern; name the output with --out")
-    return embed(embed_config(tree, tuple(arguments.overrides)), arguments.out or Path("embeddings") / name)
+    config = parsed_settings(EmbedConfig, tree, "embed", tuple(arguments.overrides))
+    return embed(config, arguments.out or Path("embeddings") / name)
 
 
 def _embed_lines(arguments: argparse.Namespace, tree: dict[str, Any]) -> None:
@@ -143,10 +146,11 @@ def _embed_lines(arguments: argparse.Namespace, tree: dict[str, Any]) -> None:
     if useless:
         raise InputError(f"--{useless} is for files; lines on stdin have none. Name a FILE, or leave it out")
     try:
+        from gist_ray.embed_config import VectorConfig
         from gist_ray.embedding.lines import embed_lines
-        from gist_ray.recipe_file import vector_config
+        from gist_ray.recipe_file import parsed_settings
 
-        config = vector_config(tree, tuple(arguments.overrides))
+        config = parsed_settings(VectorConfig, tree, "embed", tuple(arguments.overrides))
         embed_lines(
             config,
             sys.stdin.buffer,

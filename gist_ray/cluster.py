@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
 import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gist_ray.config import ClusterConfig
 from gist_ray.errors import InputError
 from gist_ray.ingress import ingress_environment
 
+_PORTS = range(20_000, 30_000)
+"""Below those that kernels give to connections, above Ray's for workers, and beside Serve's for replicas."""
 # Set before Ray or a worker of Ray starts; `setdefault` leaves the user's own choice alone.
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; unset, it warns in every worker
@@ -133,7 +136,12 @@ def logical_cpus(cluster: ClusterConfig) -> int:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that was free a moment ago.
+
+    Not one that the kernel gives: those are handed to connections too, and what listens on this one may start later.
+    """
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind((host, port))
+            return port
+    raise InputError(f"no free port on {host} among 100 from {_PORTS[0]} to {_PORTS[-1]}; name one")

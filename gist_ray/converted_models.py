@@ -53,9 +53,13 @@ def cache_folder() -> Path:
 def _make(model: str | Path, folder: Path) -> None:
     """Write it beside, then by rename, so that what is there is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    encoder = Encoder.load(model)
+    needed = 5 * sum(parameter.numel() for parameter in encoder.model.parameters())  # fp32, and room for others
+    if (free := shutil.disk_usage(folder.parent).free) < needed:  # OpenVINO does not tell of a disk that fills up
+        raise OSError(f"{folder.parent} has {free / 1e6:.0f} MB left, {needed / 1e6:.0f} MB are needed")
     unfinished = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
-        written(converted(Encoder.load(model)), unfinished / _MODEL)
+        written(converted(encoder), unfinished / _MODEL)
         unfinished.rename(folder)
     except OSError:
         if not (folder / _MODEL).is_file():  # else another process was first

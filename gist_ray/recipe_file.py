@@ -14,9 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gist_ray.config import Recipe
-from gist_ray.embed_config import EmbedConfig, VectorConfig
 from gist_ray.errors import InputError
-from gist_ray.mine_config import MineConfig
 
 # YAML 1.1 reads `2e-5` as a string; people mean the number.
 _YAML_1_1_MISSES = re.compile(r"^[+-]?\d+(\.\d*)?[eE][+-]?\d+$")
@@ -40,9 +38,7 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise InputError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{file}: a recipe is a mapping of sections, this is a {type(tree).__name__}")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_recipe(tree, str(file))
+    return parsed_settings(Recipe, tree, str(file), overrides)
 
 
 def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
@@ -51,39 +47,17 @@ def parse_recipe(tree: dict[str, Any], origin: str = "recipe") -> Recipe:
     Raises:
         InputError: one line per problem, each with its place.
     """
-    return _validated(Recipe, tree, origin)
+    return parsed_settings(Recipe, tree, origin)
 
 
-def mine_config(tree: dict[str, Any], overrides: tuple[str, ...] = ()) -> MineConfig:
-    """Validate the settings of `mine`, after `a.b=value` overrides.
-
-    Raises:
-        InputError: one line per problem, each with its place.
-    """
-    for override in overrides:
-        _apply(tree, override)
-    return _validated(MineConfig, tree, "mine")
-
-
-def embed_config(tree: dict[str, Any], overrides: tuple[str, ...] = ()) -> EmbedConfig:
-    """Validate the settings of `embed`, after `a.b=value` overrides.
+def parsed_settings(kind: type[_Tree], tree: dict[str, Any], origin: str, overrides: tuple[str, ...] = ()) -> _Tree:
+    """Validate a tree of settings, after `a.b=value` overrides (values are YAML). `origin` begins the message.
 
     Raises:
         InputError: one line per problem, each with its place.
     """
     for override in overrides:
         _apply(tree, override)
-    return _validated(EmbedConfig, tree, "embed")
-
-
-def vector_config(tree: dict[str, Any], overrides: tuple[str, ...] = ()) -> VectorConfig:
-    """As `embed_config`, of `embed` without a file."""
-    for override in overrides:
-        _apply(tree, override)
-    return _validated(VectorConfig, tree, "embed")
-
-
-def _validated(kind: type[_Tree], tree: dict[str, Any], origin: str) -> _Tree:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

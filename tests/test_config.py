@@ -5,7 +5,8 @@ from pydantic import ValidationError
 
 from gist_ray.config import Recipe
 from gist_ray.errors import InputError
-from gist_ray.recipe_file import RECIPES_DIR, load_recipe, mine_config, parse_recipe
+from gist_ray.mine_config import MineConfig
+from gist_ray.recipe_file import RECIPES_DIR, load_recipe, parse_recipe, parsed_settings
 
 MINIMAL = {
     "name": "n",
@@ -125,6 +126,6 @@ def test_sources_take_mappings_weights_and_selections():
 
 def test_mining_settings_name_the_nearest_key():
     tree = {"source": {"path": "x"}, "guide": {"path": "g"}}
-    assert mine_config({**tree}, ("top_k=7", "guide.max_tokens=32")).guide.max_tokens == 32
+    assert parsed_settings(MineConfig, {**tree}, "mine", ("top_k=7", "guide.max_tokens=32")).guide.max_tokens == 32
     with pytest.raises(InputError, match=r"unknown key `guide\.max_token`; did you mean `guide\.max_tokens`"):
-        mine_config({**tree, "guide": {"path": "g"}}, ("guide.max_token=3",))
+        parsed_settings(MineConfig, {**tree, "guide": {"path": "g"}}, "mine", ("guide.max_token=3",))

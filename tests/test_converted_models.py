@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -67,6 +68,12 @@ def test_where_nothing_can_be_kept_it_is_converted_each_time(
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     np.testing.assert_allclose(embedded(tiny_model), Encoder.load(tiny_model).encode(TEXTS), atol=1e-5)
     assert CACHE_VARIABLE in caplog.text
+
+
+def test_a_disk_that_is_nearly_full_is_left_alone(cache: Path, tiny_model: Path, monkeypatch, caplog):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    np.testing.assert_allclose(embedded(tiny_model), Encoder.load(tiny_model).encode(TEXTS), atol=1e-5)
+    assert "0 MB left" in caplog.text and list(cache.iterdir()) == []
 
 
 def test_only_the_last_ones_are_kept(cache: Path, tiny_model: Path):

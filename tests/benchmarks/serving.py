@@ -19,8 +19,8 @@ from data import minilm
 from figures import Figure, interleaved, main, median_figure, ratios
 from serving_infinity import infinity_figures
 from serving_int8 import int8_figures
-from serving_load import Target, batched, mixed_texts, open_loop, served, short_texts
-from serving_offline import Offline
+from serving_load import Target, batched, open_loop, served, short_texts
+from serving_offline import offline_figures
 from serving_servers import our_server, stock_server
 from training_processes import Group
 
@@ -121,30 +121,6 @@ class OneByOne:
             self._engine.finish(self._engine.forward([row]))
             times.append(1000 * (time.perf_counter() - started))
         return statistics.median(times[len(self._tokens) :])
-
-
-def offline_figures(quick: bool) -> list[Figure]:
-    """Over HTTP, 32 texts a request, by sentence-transformers in process; both have both cores."""
-    seconds, repeats, count = (3.0, 1, 300) if quick else (10.0, 3, 1500)
-    figures = []
-    for name, texts in (("short", short_texts(count)), ("mixed", mixed_texts(count))):
-        with (
-            Group(Offline, str(minilm()), texts, threads=2) as offline,
-            our_server(minilm(), threads=2) as server,
-        ):
-            offline.turn()
-            runs = interleaved(
-                repeats,
-                offline=lambda offline=offline: offline.turn()[0],  # type: ignore[misc]
-                ours=lambda server=server, texts=texts: served(server, batched(texts, 32), 4, seconds).texts_per_s,  # type: ignore[misc]
-            )
-        where = f"{name} texts, fp32, both cores"
-        figures += [
-            median_figure(f"{where}: SentenceTransformer.encode", runs["offline"], "texts/s"),
-            median_figure(f"{where}: ours over HTTP, 4 x 32", runs["ours"], "texts/s"),
-            median_figure(f"{where}: ours / encode", ratios(runs["ours"], runs["offline"]), "x", ">= 1.1"),
-        ]
-    return figures
 
 
 def stock_figures(quick: bool) -> list[Figure]:

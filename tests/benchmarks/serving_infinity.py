@@ -19,7 +19,7 @@ from serving_load import batched, mixed_texts, served, short_texts
 from serving_servers import Server, infinity_server, our_server
 
 VARIABLE = "INFINITY_PYTHON"
-# BetterTransformer is gone from the torch it installs; it sorts by real lengths; a batch of 8 is its fastest here.
+# BetterTransformer is gone from the transformers it installs; it sorts by real lengths.
 SETTINGS = ("--engine", "torch", "--no-bettertransformer", "--lengths-via-tokenize")
 BATCH_SIZES = (8, 16, 32, 64)
 

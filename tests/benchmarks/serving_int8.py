@@ -9,11 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from data import SHARED, minilm
-from figures import Figure, interleaved, median_figure, ratios
-from serving_load import batched, mixed_texts, served, short_texts
-from serving_offline import Offline
-from serving_servers import our_server
-from training_processes import Group
+from figures import Figure
+from serving_offline import offline_figures
 
 CALIBRATION_ROWS = 1000
 
@@ -36,27 +33,8 @@ def int8_model() -> Path:
 
 
 def int8_figures(quick: bool) -> list[Figure]:
-    """Over HTTP by sentence-transformers offline, both on both cores; and the scores."""
-    seconds, repeats, count = (3.0, 1, 300) if quick else (10.0, 3, 1500)
-    figures = []
-    for name, texts in (("short", short_texts(count)), ("mixed", mixed_texts(count))):
-        with (
-            Group(Offline, str(minilm()), texts, threads=2) as offline,
-            our_server(int8_model(), threads=2, precision="int8") as server,
-        ):
-            offline.turn()
-            runs = interleaved(
-                repeats,
-                offline=lambda offline=offline: offline.turn()[0],  # type: ignore[misc]
-                ours=lambda server=server, texts=texts: served(server, batched(texts, 32), 4, seconds).texts_per_s,  # type: ignore[misc]
-            )
-        where = f"{name} texts, int8, both cores"
-        figures += [
-            median_figure(f"{where}: SentenceTransformer.encode", runs["offline"], "texts/s"),
-            median_figure(f"{where}: ours over HTTP, 4 x 32", runs["ours"], "texts/s"),
-            median_figure(f"{where}: ours / encode", ratios(runs["ours"], runs["offline"]), "x", ">= 2.5"),
-        ]
-    return figures + score_figures(quick)
+    """Over HTTP by sentence-transformers offline, and the scores."""
+    return [*offline_figures(quick, int8_model(), "int8", ">= 2.5"), *score_figures(quick)]
 
 
 def score_figures(quick: bool) -> list[Figure]:

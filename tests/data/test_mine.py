@@ -16,7 +16,7 @@ from gist_ray.data.prepare import prepare
 from gist_ray.errors import InputError
 from gist_ray.manifest import read_manifest
 from gist_ray.mine_config import MineConfig
-from gist_ray.recipe_file import mine_config, parse_recipe
+from gist_ray.recipe_file import parse_recipe, parsed_settings
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -25,7 +25,7 @@ COLUMNS = ["query", "pos", "neg", "task_name", "query_instruct", "pos_instruct",
 
 def settings(source: Path, model: Path, **sections: Any) -> MineConfig:
     tree = {"source": {"path": str(source)}, "guide": {"path": str(model)}, "top_k": 20}
-    return mine_config({**tree, **sections})
+    return parsed_settings(MineConfig, {**tree, **sections}, "mine")
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:

@@ -13,7 +13,7 @@ from gist_ray.data.miners import LabelMiner, Mined, PairMiner
 from gist_ray.data.mining import NONE, LabelIndex, PairIndex, mixed, uniforms
 from gist_ray.data.texts import TextBlock, TextTable, text_key
 from gist_ray.mine_config import MineConfig
-from gist_ray.recipe_file import mine_config
+from gist_ray.recipe_file import parsed_settings
 
 TEXTS, LABELS = 40, 6
 
@@ -41,7 +41,7 @@ def small_tiles() -> Iterator[None]:
 
 
 def config(**settings: Any) -> MineConfig:
-    return mine_config({"source": {"path": "x"}, "guide": {"path": "x"}, **settings})
+    return parsed_settings(MineConfig, {"source": {"path": "x"}, "guide": {"path": "x"}, **settings}, "mine")
 
 
 HASH = np.array([int.from_bytes(text_key(str(i))[:8], "big") for i in range(TEXTS)], dtype=np.uint64)

@@ -16,7 +16,7 @@ from gist_ray.embed_config import EmbedConfig
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.manifest import read_manifest
-from gist_ray.recipe_file import embed_config
+from gist_ray.recipe_file import parsed_settings
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -50,7 +50,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(source: Path, model: Path, **settings: Any) -> EmbedConfig:
     tree = {"model": str(model), "source": {"path": str(source)}, "backend": "torch", "cluster": {"data_workers": 1}}
-    return embed_config({**tree, **settings})
+    return parsed_settings(EmbedConfig, {**tree, **settings}, "embed")
 
 
 def content(output: Path) -> dict[str, str]:

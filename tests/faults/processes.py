@@ -1,5 +1,6 @@
 """Processes as the fault tests see them: who runs below whom, and who still runs."""
 
+import time
 from pathlib import Path
 
 
@@ -23,6 +24,14 @@ def descendants(pid: int) -> dict[int, str]:
 def alive(pids: list[int]) -> list[int]:
     """Those that run; an ended process that nobody has waited for does not."""
     return [pid for pid in pids if _runs(pid)]
+
+
+def wait_until_ended(pids: list[int], seconds: float = 60) -> None:
+    """Fail if any of them still runs after so long."""
+    deadline = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(pids), f"{alive(pids)} outlived what they worked for"
 
 
 def _runs(pid: int) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.faults.processes import alive, descendants
+from tests.faults.processes import descendants, wait_until_ended
 
 pytestmark = pytest.mark.slow
 
@@ -59,10 +59,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(source: Path, tiny_mode
     process.communicate()
     actors = [pid for pid, name in below.items() if name.startswith("ray::BlockVectors")]
     assert len(actors) == ACTORS
-    deadline = time.monotonic() + 60
-    while alive(actors) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive(actors), "actors outlived their driver"
+    wait_until_ended(actors)
     kept = blocks(out)
     assert 2 <= len(kept) < 6 and not out.exists(), "the kill came too late to show anything"
 

@@ -16,7 +16,7 @@ import yaml
 
 from gist_ray.metrics import read_metrics
 from gist_ray.training.checkpoint import progress_of
-from tests.faults.processes import alive, descendants
+from tests.faults.processes import descendants, wait_until_ended
 
 pytestmark = pytest.mark.slow
 
@@ -102,10 +102,7 @@ def kill_driver(process: subprocess.Popen[str]) -> None:
     process.communicate()
     workers = [pid for pid, name in below.items() if name.startswith("ray::RayTrainWorker")]
     assert workers
-    deadline = time.monotonic() + 60
-    while alive(workers) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not alive(workers), "training workers outlived their driver"
+    wait_until_ended(workers)
 
 
 def finish(recipe: Path, *options: str) -> str:

@@ -111,6 +111,9 @@ def test_below_a_route_prefix():
                 await client.post("/canary/v1/embeddings", json={"input": ["a" * 9] * 9999}, headers=key), 413
             )
             assert error["param"] == "input"
+            refused = await client.delete("/canary/", headers=key)
+            expect_error(refused, 405)
+            assert refused.headers["allow"] == "GET, POST"
         assert 'route="/embed",status="200"} 1.0' in measures.text().decode()
         await models.close()
 

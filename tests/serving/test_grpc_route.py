@@ -124,6 +124,20 @@ def test_keys_and_peers():
     serving(admitted, peers=frozenset({"127.0.0.1"}))
 
 
+def test_a_fault_of_ours_is_logged_and_not_told(caplog, monkeypatch):
+    async def test(ask: Ask, measures: Measures) -> None:
+        def broken(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("secret detail")
+
+        monkeypatch.setattr(FakeEngine, "tokenize", broken)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(texts=["private words"])
+        assert caught.value.code() == grpc.StatusCode.INTERNAL and "secret" not in caught.value.details()
+        assert "secret detail" in caplog.text and "private" not in caplog.text
+
+    serving(test)
+
+
 def test_overload_says_when_to_come_back():
     async def test(ask: Ask, measures: Measures) -> None:
         asks = [ask(texts=[f"request {i} " + "w " * 20]) for i in range(40)]

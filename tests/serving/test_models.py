@@ -70,7 +70,7 @@ def test_no_request_is_dropped_while_a_model_is_swapped():
         await asyncio.sleep(0.1)
         over = True
         await asyncio.gather(*clients)
-        assert set(dims[:swapped]) == {8, 16} or set(dims[:swapped]) == {8}
+        assert dims[0] == 8 and set(dims[:swapped]) <= {8, 16}
         assert len(dims) > swapped and set(dims[swapped:]) == {16}
         with pytest.raises(Closed):
             await first.scheduler.embed(["too late"])

@@ -13,6 +13,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from gist_ray.serving.api import create_api
 from gist_ray.serving.fake_engine import FakeEngine
 from gist_ray.serving.gate import Access
+from gist_ray.serving.grpc_messages import EmbedRequest
+from gist_ray.serving.grpc_route import GrpcRoute
 from gist_ray.serving.measures import Measures
 from gist_ray.serving.models import Models
 from gist_ray.serving.scheduler import Scheduler
@@ -109,6 +111,34 @@ def test_a_request_and_its_phases(collector: Collector, monkeypatch):
         if a.key == "service.name"
     ]
     assert name == "mine"
+
+
+def test_over_grpc_too(collector: Collector, monkeypatch):
+    endpoint = f"http://127.0.0.1:{collector.server_port}"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+    monkeypatch.setenv("no_proxy", "*")
+    tracing = Tracing.from_environment({"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+
+    class Context:
+        def invocation_metadata(self) -> list[tuple[str, str]]:
+            return [("traceparent", f"00-{TRACE}-{PARENT}-01")]
+
+        def peer(self) -> str:
+            return "ipv4:127.0.0.1:50000"
+
+    async def run() -> None:
+        models = Models(lambda place: FakeEngine(), Scheduler)
+        await models.replace({"org/demo": "a-place"})
+        route = GrpcRoute(models, Measures(models, ""), Access(), tracing)
+        assert (await route.embed(EmbedRequest(texts=["a"]), Context())).dim == 16
+        await models.close()
+
+    asyncio.run(run())
+    tracing.flush()
+    spans = collector.spans()
+    request = spans["gRPC grpc:Embed"]
+    assert request.trace_id.hex() == TRACE and request.parent_span_id.hex() == PARENT
+    assert spans["forward"].parent_span_id == request.span_id
 
 
 def test_nothing_is_traced_unless_it_is_asked_for():
