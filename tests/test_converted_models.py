@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,11 +77,12 @@ def test_a_disk_that_is_nearly_full_is_left_alone(cache: Path, tiny_model: Path,
     assert "0 MB left" in caplog.text and list(cache.iterdir()) == []
 
 
-def test_only_the_last_ones_are_kept(cache: Path, tiny_model: Path):
-    import os
-
-    for number in range(KEPT + 3):
-        (cache / f"old-{number}").mkdir(parents=True)
-        os.utime(cache / f"old-{number}", (number, number))
+def test_the_ones_used_last_are_kept(cache: Path, tiny_model: Path):
     used = converted_file(tiny_model).parent
+    os.utime(used, (0, 0))  # made long ago
+    for number in range(KEPT + 3):
+        (cache / f"old-{number}").mkdir()
+        os.utime(cache / f"old-{number}", (number, number))
+    assert converted_file(tiny_model).parent == used
     assert {folder.name for folder in cache.iterdir()} == {used.name} | {f"old-{n}" for n in range(4, KEPT + 3)}
+    assert (used / "model.bin").is_file()

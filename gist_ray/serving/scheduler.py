@@ -104,7 +104,7 @@ class Scheduler:
         self._lanes = Lanes(batch_tokens or UNTUNED_BATCH_TOKENS, window_batches)
         self._in_flight: dict[bytes, Text] = {}
         self._work = asyncio.Event()
-        self._asking, self._nobody_asks = 0, asyncio.Event()
+        self._asking, self._someone_left = 0, asyncio.Event()
         self._turn = turn or threading.Lock()
         self._loop_task: asyncio.Task[None] | None = None
         self._warm = False
@@ -136,8 +136,8 @@ class Scheduler:
     async def drain(self) -> None:
         """Stop when those who ask now have their answers. Who asks from now on may get Closed."""
         while self._asking:
-            self._nobody_asks.clear()
-            await self._nobody_asks.wait()
+            self._someone_left.clear()
+            await self._someone_left.wait()
         await self.close()
 
     @property
@@ -243,8 +243,7 @@ class Scheduler:
             yield
         finally:
             self._asking -= 1
-            if not self._asking:
-                self._nobody_asks.set()
+            self._someone_left.set()
 
     @property
     def _running(self) -> bool:

@@ -107,8 +107,6 @@ def trace_phases(model_id: str, found: Embeddings, serialize_s: float) -> None:
     current = _current.get()
     if current is None:
         return
-    from opentelemetry import trace
-
     attributes = {"gist_ray.model": model_id, "gist_ray.texts": len(found.vectors), "gist_ray.tokens": found.num_tokens}
     current.span.set_attributes(attributes)
     seconds = {
@@ -118,8 +116,7 @@ def trace_phases(model_id: str, found: Embeddings, serialize_s: float) -> None:
         "serialize": serialize_s,
     }
     at_ns = time.time_ns() - int(1e9 * sum(seconds.values()))
-    parent = trace.set_span_in_context(current.span)
     for name, value in seconds.items():
         until_ns = at_ns + int(1e9 * value)
-        current.tracer.start_span(name, context=parent, start_time=at_ns).end(until_ns)
+        current.tracer.start_span(name, start_time=at_ns).end(until_ns)
         at_ns = until_ns

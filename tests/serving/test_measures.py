@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.served import OPENAI, serving
+from gist_ray.serving.api import create_api
+from gist_ray.serving.fake_engine import FakeEngine
+from gist_ray.serving.gate import Access
+from gist_ray.serving.measures import Measures
+from gist_ray.serving.models import Models
+from gist_ray.serving.scheduler import Scheduler
+from tests.serving.served import OPENAI, client_of, serving
 
 
 def test_metrics():
@@ -47,3 +55,22 @@ def test_metrics():
             assert value("gist_ray_phase_seconds_count", phase=phase) == 1
 
     serving(test, replica="r1")
+
+
+def test_models_are_counted_apart():
+    async def run() -> None:
+        models = Models(lambda place: FakeEngine(), Scheduler)
+        await models.replace({"a": "x", "b": "y"})
+        async with client_of(create_api(models, Measures(models, "r1"), Access())) as client:
+            for model, texts in (("a", 1), ("b", 2), ("b", 4), ("a", 8)):
+                answer = await client.post(OPENAI, json={"input": ["a"] * texts, "model": model})
+                assert answer.json()["model"] == model
+            lines = (await client.get("/metrics")).text.splitlines()
+        for model, texts in (("a", 9), ("b", 6)):
+            labels = f'{{model="{model}",replica="r1"}}'
+            assert f"gist_ray_request_texts_sum{labels} {texts}.0" in lines
+            assert f"gist_ray_texts_total{labels} {texts}.0" in lines
+            assert f'gist_ray_phase_seconds_count{{model="{model}",phase="forward",replica="r1"}} 2.0' in lines
+        await models.close()
+
+    asyncio.run(run())
