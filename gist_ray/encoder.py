@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +17,13 @@ from torch import Tensor
 from gist_ray.chunks import BATCH_TOKENS, SIMILAR_LENGTH, length_sorted_chunks
 from gist_ray.config import ModelConfig
 from gist_ray.errors import InputError
-from gist_ray.manifest import digest_files, digest_of
+from gist_ray.layout import Pooling, model_folder, read_json, read_layout, tokenizer_digest
+from gist_ray.manifest import digest_files
 
-Pooling = Literal["mean", "cls"]
 TokenIds = npt.NDArray[np.integer[Any]]
 
 _LAYER_LISTS = ("encoder.layer", "transformer.layer", "encoder.layers", "layers")
 _SETTINGS = {"revision", "max_tokens", "pooling"}  # of a recipe's model section
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
-_POOLING_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 @dataclass
@@ -67,14 +63,13 @@ class Encoder:
         Raises:
             InputError: no such model or layers, no safetensors, a module we do not compute, too many `max_tokens`.
         """
-        folder = _resolve(path, revision)
-        transformer_dir, stored = _read_folder(folder)
+        folder = model_folder(path, revision)
+        transformer_dir, stored = read_layout(folder)
         if not list(transformer_dir.glob("*.safetensors")):
             raise InputError(
                 f"{transformer_dir} has no *.safetensors weights; gist-ray does not read pickled weights. "
                 "Save the model with safe_serialization=True"
             )
-        from safetensors import SafetensorError
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
@@ -86,10 +81,11 @@ class Encoder:
             model: Any = SimpleNamespace(config=config)
             if weights:
                 model = _load_weights(transformer_dir, config, **shared).eval().to(device)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{folder} cannot be loaded as an encoder: {str(error).splitlines()[0]}") from error
+        except (InputError, MemoryError):  # not the folder's fault, the second
+            raise
+        except Exception as error:  # a folder that is wrong in its own way; transformers raises whatever it trips over
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{folder} cannot be loaded as an encoder: {reason}") from error
         if layers is not None and weights:
             _keep_layers(model, layers, str(path))
         limit = _position_limit(config)
@@ -254,7 +250,7 @@ def fingerprint(
     Raises:
         InputError: as `Encoder.load`, without loading the weights.
     """
-    transformer_dir, stored = _read_folder(_resolve(path, revision))
+    transformer_dir, stored = read_layout(model_folder(path, revision))
     weights = sorted(transformer_dir.glob("*.safetensors"))
     if not weights:
         raise InputError(f"{transformer_dir} has no *.safetensors weights; gist-ray does not read pickled weights")
@@ -262,7 +258,7 @@ def fingerprint(
         "weights": digest_files([transformer_dir / "config.json", *weights]),
         "tokenizer": tokenizer_digest(transformer_dir),
         "pooling": pooling or stored["pooling"],
-        "positions": _json(transformer_dir / "config.json").get("max_position_embeddings"),
+        "positions": read_json(transformer_dir / "config.json").get("max_position_embeddings"),
         "max_tokens": max_tokens or stored["max_tokens"],
         "lower_case": stored["lower_case"],
         "prompts": stored["prompts"],
@@ -278,80 +274,6 @@ def load_model(model: ModelConfig, **options: Any) -> Encoder:
 def model_fingerprint(model: ModelConfig) -> dict[str, Any]:
     """`fingerprint` of a recipe's model section."""
     return fingerprint(model.path, **model.model_dump(include=_SETTINGS), prompt=model.prompt)
-
-
-def tokenizer_digest(transformer_dir: Path) -> str:
-    """Content hash of the tokenizer files of a transformers folder."""
-    names = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model")
-    files = [transformer_dir / name for name in names if (transformer_dir / name).is_file()]
-    # With tokenizer.json the vocabulary files do not count; lower-casing and limits stand in the settings always.
-    files = files[:1] if files and files[0].name == "tokenizer.json" else files
-    settings = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    files += [transformer_dir / name for name in settings if (transformer_dir / name).is_file()]
-    return digest_of([digest_files([file]) for file in files])
-
-
-def _resolve(path: str | Path, revision: str | None) -> Path:
-    """A local folder: the one given, or the snapshot of a Hub id."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder.absolute()
-    name = str(path)
-    if not _HUB_ID.match(name):
-        raise InputError(f"model {name} is neither an existing folder nor a Hub id like org/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub client raises a dozen unrelated types; each means "not to be had"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"model {name} is no local folder and cannot be had from the Hub ({reason}); "
-            "give the path of a model folder, or check the id, the revision and the network"
-        ) from error
-
-
-def _read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Transformer folder and stored settings of a sentence-transformers or bare transformers folder."""
-    stored: dict[str, Any] = {"pooling": "mean", "max_tokens": None, "lower_case": False, "prompts": {}}
-    transformer_dir = folder
-    if (folder / "modules.json").is_file():
-        for module in _json(folder / "modules.json"):
-            kind, place = str(module["type"]).rsplit(".", 1)[-1], folder / module["path"]
-            if kind == "Transformer":
-                transformer_dir = place
-            elif kind == "Pooling":
-                stored["pooling"] = _stored_pooling(place / "config.json")
-            elif kind != "Normalize":
-                raise InputError(f"{folder}: module {kind} is not supported; Transformer, Pooling and Normalize are")
-        prompts = _json(folder / "config_sentence_transformers.json", {}).get("prompts")
-        stored["prompts"] = {key: value for key, value in (prompts or {}).items() if value}
-        settings = _json(transformer_dir / "sentence_bert_config.json", {})
-        stored["max_tokens"] = settings.get("max_seq_length")
-        stored["lower_case"] = bool(settings.get("do_lower_case", False))
-    if not (transformer_dir / "config.json").is_file():
-        raise InputError(f"{folder} is not a model folder: {transformer_dir / 'config.json'} is missing")
-    return transformer_dir, stored
-
-
-def _stored_pooling(file: Path) -> Pooling:
-    config = _json(file)
-    modes = [name for key, name in _POOLING_MODES.items() if config.get(key)]
-    others = [key for key, on in config.items() if key.startswith("pooling_mode_") and on and key not in _POOLING_MODES]
-    if isinstance(config.get("pooling_mode"), str):  # sentence-transformers >= 6
-        modes, others = [config["pooling_mode"]], []
-    if others or len(modes) != 1 or modes[0] not in ("mean", "cls"):
-        raise InputError(f"{file}: pooling {others + modes} is not supported; mean and cls are")
-    return "mean" if modes[0] == "mean" else "cls"
-
-
-def _json(file: Path, default: Any = None) -> Any:
-    if not file.is_file() and default is not None:
-        return default
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
 
 
 def _load_weights(transformer_dir: Path, config: Any, **options: Any) -> Any:

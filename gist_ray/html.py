@@ -20,6 +20,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 _BARS_WIDTH, _BARS_START, _BARS_END = 820, 230, 690  # bars lie between; names to the left, numbers to the right
 _STACK_START = 120
+_DOTS_TOP, _DOTS_ROW = 26, 24  # the scale's numbers; a category or a pair of dots
 _CHART_WIDTH, _CHART_HEIGHT = 420, 200
 _CHART_POINTS = 350  # as many as a chart is wide
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 410, 10, 176  # of the area that a chart draws in
@@ -112,13 +113,33 @@ def bars_before_after(rows: Sequence[tuple[str, float | None, float]]) -> str:
     parts = [_bar_group(row, height * i, height, scale, paired) for i, row in enumerate(rows)]
     bottom = height * len(rows)
     if paired:
-        parts += [
-            f'<rect x="{x}" y="{bottom + 6}" width="10" height="10" rx="2" class="{kind}"/>'
-            f'<text x="{x + 16}" y="{bottom + 15}" class="soft">{kind}</text>'
-            for x, kind in ((_BARS_START, "before"), (_BARS_START + 80, "after"))
-        ]
+        parts.append(_before_after_key(bottom, radius=2))
         bottom += 24
     return _svg(_BARS_WIDTH, bottom, f"bars of {len(rows)} scores", "".join(parts))
+
+
+def dumbbells(groups: Sequence[tuple[str, Sequence[tuple[str, float | None, float]]]]) -> str:
+    """Two dots a row, joined by a line, on one scale, which need not start at zero: for changes that bars would hide.
+
+    Args:
+        groups: from top to bottom, a category and its rows, (name, before or None, after) each. Values that are not
+            finite have no dot, and a dash for a number.
+    """
+    rows = [row for _, members in groups for row in members]
+    values = [value for _, *pair in rows for value in pair if value is not None and math.isfinite(value)]
+    if not values:
+        return paragraph("nothing to show")
+    ticks = _ticks(min(values), max(values))
+    bottom = _DOTS_TOP + _DOTS_ROW * (len(groups) + len(rows))
+    parts = [_upright(tick, ticks, bottom) for tick in ticks]
+    top = _DOTS_TOP
+    for category, members in groups:
+        parts.append(f'<text x="4" y="{top + 16}" class="category">{_escaped(clip(category, 34))}</text>')
+        for i, row in enumerate(members, 1):
+            parts.append(_dumbbell(row, top + _DOTS_ROW * i + _DOTS_ROW // 2, ticks))
+        top += _DOTS_ROW * (1 + len(members))
+    parts.append(_before_after_key(bottom, radius=5))
+    return _svg(_BARS_WIDTH, bottom + 24, f"before and after of {len(rows)} scores", "".join(parts))
 
 
 def line_chart(
@@ -266,10 +287,7 @@ def _bar_group(row: tuple[str, float | None, float], top: int, height: int, scal
     values = [("before", before), ("after", after)] if paired else [("after", after)]
     parts += [_bar(top + 5 + 17 * i, scale, kind, name, value) for i, (kind, value) in enumerate(values)]
     if before is not None:
-        gain = after - before
-        tone = "up" if gain > 0 else "down" if gain < 0 else "soft"
-        place = f'x="{_BARS_WIDTH - 4}" y="{middle + 3}" text-anchor="end"'
-        parts.append(f'<text {place} class="{tone}">{gain:+.2f}</text>')
+        parts.append(_gain(before, after, middle))
     return "".join(parts)
 
 
@@ -281,6 +299,54 @@ def _bar(y: int, scale: float, kind: str, name: str, value: float | None) -> str
     box = f'x="{_BARS_START}" y="{y}" width="{length:.1f}" height="14"'
     number = f'<text x="{_BARS_START + length + 6:.1f}" y="{y + 11}" class="soft">{value:.2f}</text>'
     return f'<rect {box} rx="3" class="{kind}">{hover}</rect>{number}'
+
+
+def _gain(before: float, after: float, middle: int) -> str:
+    """The difference, at the right edge."""
+    gain = after - before
+    place = f'x="{_BARS_WIDTH - 4}" y="{middle + 3}" text-anchor="end"'
+    return f'<text {place} class="{_tone(gain)}">{gain:+.2f}</text>'
+
+
+def _tone(gain: float) -> str:
+    return "up" if gain > 0 else "down" if gain < 0 else "soft"
+
+
+def _before_after_key(top: int, radius: int) -> str:
+    """Which colour is which."""
+    return "".join(
+        f'<rect x="{x}" y="{top + 6}" width="10" height="10" rx="{radius}" class="{kind}"/>'
+        f'<text x="{x + 16}" y="{top + 15}" class="soft">{kind}</text>'
+        for x, kind in ((_BARS_START, "before"), (_BARS_START + 80, "after"))
+    )
+
+
+def _upright(tick: float, ticks: Sequence[float], bottom: int) -> str:
+    """A line of the scale from top to bottom, with its value above."""
+    x = f"{_across(tick, ticks):.1f}"
+    line = f'<line x1="{x}" x2="{x}" y1="{_DOTS_TOP - 6}" y2="{bottom}" class="grid"/>'
+    return f'{line}<text x="{x}" y="12" text-anchor="middle" class="soft">{_short(tick)}</text>'
+
+
+def _dumbbell(row: tuple[str, float | None, float], y: int, ticks: Sequence[float]) -> str:
+    """Name, dots, the second value and the difference."""
+    name, *pair = row
+    before, after = (value if value is not None and math.isfinite(value) else None for value in pair)
+    parts = [f'<text x="{_BARS_START - 10}" y="{y + 4}" text-anchor="end">{_escaped(clip(name, 34))}</text>']
+    if before is not None and after is not None:
+        ends = f'x1="{_across(before, ticks):.1f}" x2="{_across(after, ticks):.1f}" y1="{y}" y2="{y}"'
+        parts += [f'<line {ends} class="span {_tone(after - before)}"/>', _gain(before, after, y + 1)]
+    for kind, value in (("before", before), ("after", after)):
+        if value is not None:
+            hover = f"<title>{_escaped(f'{name}, {kind}: {value:.2f}')}</title>"
+            parts.append(f'<circle cx="{_across(value, ticks):.1f}" cy="{y}" r="5" class="{kind}">{hover}</circle>')
+    parts.append(f'<text x="{_BARS_END + 66}" y="{y + 4}" text-anchor="end" class="soft">{_cell(after)}</text>')
+    return "".join(parts)
+
+
+def _across(value: float, ticks: Sequence[float]) -> float:
+    """Where a value lies on a scale that the ticks span."""
+    return _BARS_START + 10 + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (_BARS_END - _BARS_START - 10)
 
 
 def _grid(y_ticks: Sequence[float]) -> list[str]:

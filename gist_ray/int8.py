@@ -113,23 +113,3 @@ def neighbour_overlap(exact: npt.NDArray[np.float32], rough: npt.NDArray[np.floa
         found.append(np.argpartition(-cosines, neighbours, axis=1)[:, :neighbours])
     shared = [len(np.intersect1d(one, other)) for one, other in zip(*found, strict=True)]
     return float(np.mean(shared)) / neighbours
-
-
-class Int8Encoder:
-    """The int8 variant of a model folder; `encode` as that of `Encoder`. On this machine's CPU.
-
-    Raises:
-        InputError: as `int8_file`, or OpenVINO is not installed.
-    """
-
-    def __init__(self, folder: str | Path, *, threads: int) -> None:
-        file = int8_file(folder)
-        self._encoder = Encoder.load(folder, weights=False)
-        self._model = OpenVinoModel(file, self._encoder, threads=threads)
-        self.dim, self.max_tokens, self.prompts = self._model.dim, self._encoder.max_tokens, self._encoder.prompts
-
-    def encode(
-        self, texts: Sequence[str], *, prompt: str = "", batch_tokens: int | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Vectors of texts, `[n, dim]` float32 of unit norm."""
-        return self._model.embed_sorted(self._encoder.tokenize(texts, prompt=prompt), batch_tokens=batch_tokens)

@@ -76,6 +76,45 @@ def test_bars_are_proportional_and_stay_inside():
     assert widths[2:] == [1.0, 1.0]
 
 
+def dumbbells(groups):
+    """Dots and spans of a dumbbell plot, by row: their classes and places, from top to bottom."""
+    rows: dict[float, dict[str, list[float]]] = {}
+    for element in parse(f"<x>{html.dumbbells(groups)}</x>").iter():
+        kind = element.get("class")
+        if element.tag.endswith("circle"):
+            rows.setdefault(float(element.get("cy")), {})[kind] = [float(element.get("cx"))]
+        elif element.tag.endswith("line") and "span" in kind:
+            ends = [float(element.get("x1")), float(element.get("x2"))]
+            rows.setdefault(float(element.get("y1")), {})[kind] = ends
+    return [rows[y] for y in sorted(rows)]
+
+
+def test_dumbbells_join_before_and_after_on_one_scale():
+    groups = [
+        ("STS", [("up", 60.0, 80.0), ("down", 70.0, 65.0)]),
+        ("<b> & c", [("new", None, 70.0), ("same", 60.0, 60.0)]),
+    ]
+    up, down, new, same = dumbbells(groups)
+    per_point = (up["after"][0] - up["before"][0]) / 20
+    assert per_point > 10, "a scale from zero"
+    assert down["before"][0] - down["after"][0] == pytest.approx(5 * per_point, abs=0.1)
+    assert down["before"] == new["after"] and up["before"] == same["before"] == same["after"]
+    assert up["span up"] == up["before"] + up["after"] and down["span down"] == down["before"] + down["after"]
+    assert list(new) == ["after"] and "span soft" in same
+    text = words(html.dumbbells(groups))
+    assert text.index("STS") < text.index("up") < text.index("<b> & c") < text.index("new")
+    assert all(number in text for number in ("+20.00", "-5.00", "+0.00", "80.00", "before"))
+
+
+values = st.floats(allow_nan=True, allow_infinity=True, width=16)
+
+
+@given(st.lists(st.tuples(st.text(max_size=40), st.none() | values, values), max_size=8))
+def test_any_scores_make_well_formed_dumbbells_inside_their_box(rows):
+    for row in dumbbells([("kind", rows)]):
+        assert all(230 <= x <= 700 for places in row.values() for x in places)
+
+
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=60))
 def test_any_series_makes_a_well_formed_chart_inside_its_box(values):
     chart = parse(html.line_chart("loss", list(range(len(values))), values, "nats"))
@@ -116,6 +155,8 @@ def test_characters_that_xml_forbids_are_replaced():
         html.tiles([(CONTROL, CONTROL, CONTROL)]),
         html.table([CONTROL], [[CONTROL]]),
         html.bars_before_after([(CONTROL, 1.0, 2.0)]),
+        html.dumbbells([(CONTROL, [("task", 1.0, 2.0)])]),
+        html.dumbbells([("kind", [(CONTROL, 1.0, 2.0)])]),
         html.line_chart(CONTROL, [1, 2], [1, 2], CONTROL, x_name=CONTROL),
         html.histogram(CONTROL, [0, 1], {CONTROL: [1], "b": [1]}, CONTROL, mark=(0.5, CONTROL)),
     ]

@@ -1,6 +1,6 @@
-"""Tasks: folders of local files and MTEB names, turned into mteb task objects.
+"""Local tasks: folders of files, turned into mteb task objects.
 
-A local task is a folder of JSONL files (`.jsonl` or `.jsonl.gz`, one object a line). Its kind:
+A task is a folder of JSONL files (`.jsonl` or `.jsonl.gz`, one object a line). Its kind:
 
 | files | columns | kind |
 |---|---|---|
@@ -14,25 +14,23 @@ A local task is a folder of JSONL files (`.jsonl` or `.jsonl.gz`, one object a l
 
 from __future__ import annotations
 
-import difflib
+import functools
 import gzip
 import json
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mteb
 from datasets import Dataset, DatasetDict
 from mteb import abstasks
-from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from gist_ray.errors import InputError
+from gist_ray.evaluation.eval_task import EvalTask, mteb_class
 from gist_ray.manifest import digest_files, digest_of
 
 Files = dict[str, Path]
@@ -73,58 +71,6 @@ _IS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-@dataclass(frozen=True)
-class EvalTask:
-    """One task that a model can be scored on."""
-
-    name: str
-    type: str
-    main_metric: str
-    revision: str
-    """Of the data: content hash of local files, commit of a Hub dataset."""
-    make: Callable[[], Any]
-    """A fresh mteb task. mteb tasks hold random generators with state: one object is good for one run."""
-    folder: Path | None = None
-
-    def check(self) -> tuple[str, ...]:
-        """Load the data once, and return what a reader of the score must know about it.
-
-        Raises:
-            InputError: a bad row in a local file, or data that cannot be had from the Hub.
-        """
-        task = self.make()
-        try:
-            task.load_data()
-        except InputError:
-            raise
-        except Exception as error:  # the hub client raises dozens of types; each means "not to be had"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"the data of task {self.name} cannot be had from the Hub ({reason}); "
-                "check the network, or put the task's files in a folder and give that as data"
-            ) from error
-        notes: tuple[str, ...] = tuple(getattr(task, "notes", ()))
-        task.unload_data()
-        return notes
-
-
-def hub_task(name: str) -> EvalTask:
-    """A task of MTEB, with its data from the Hub.
-
-    Raises:
-        InputError: no such task, with the nearest name.
-    """
-    known = _mteb_class(name)
-    if known is None:
-        names = difflib.get_close_matches(name, [task.metadata.name for task in mteb.get_tasks()], n=3)
-        raise InputError(f"MTEB has no task {name}; near it are: {', '.join(names) or 'none'}")
-    metadata = known.metadata
-    if issubclass(known, AbsTaskAggregate):
-        parts = ", ".join(part.metadata.name for part in metadata.tasks)
-        raise InputError(f"{name} is an average over tasks; name its parts instead: {parts}")
-    return EvalTask(name, metadata.type, metadata.main_score, metadata.revision, make=known)
-
-
 def local_tasks(data: Path) -> list[EvalTask]:
     """The tasks of a folder of task folders (or of one task folder), sorted by name.
 
@@ -160,8 +106,23 @@ def retrieval_qrels(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def _local_task(folder: Path) -> EvalTask:
+    made = _local_class(folder)
+    metadata = made.metadata
+    revision = metadata.dataset["revision"]
+    make = functools.partial(_made, folder)
+    size = sum(file.stat().st_size for file in _files(folder).values())
+    return EvalTask(folder.name, metadata.type, metadata.main_score, revision, make, float(size), folder=folder)
+
+
+def _made(folder: Path) -> Any:
+    """A fresh mteb task of a folder; a function that other processes can be told to call."""
+    return _local_class(folder)()
+
+
+def _local_class(folder: Path) -> Any:
+    """A subclass of the mteb class that the folder's files are data of."""
     files = _files(folder)
-    known = _mteb_class(folder.name)
+    known = mteb_class(folder.name)
     kind = _kind(folder, files, known)
     revision = digest_of({name: digest_files([file]) for name, file in sorted(files.items())})
     metadata = _metadata(folder, kind, files, known, revision)
@@ -180,18 +141,7 @@ def _local_task(folder: Path) -> EvalTask:
     attributes: dict[str, Any] = {"metadata": metadata, "load_data": load_data, "__module__": __name__}
     if known is None and kind == "Clustering":
         attributes["max_fraction_of_documents_to_embed"] = None  # mteb's 4 % is meant for huge sets
-    local_class = type(base.__name__, (base,), attributes)
-    return EvalTask(folder.name, kind, metadata.main_score, revision, make=local_class, folder=folder)
-
-
-def _mteb_class(name: str) -> Any:
-    """The class of an MTEB task, or None."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # renamed and superseded tasks warn; the name was chosen on purpose
-        try:
-            return type(mteb.get_task(name))
-        except KeyError:
-            return None
+    return type(base.__name__, (base,), attributes)
 
 
 def _files(folder: Path) -> Files:
