@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import random
@@ -10,22 +11,33 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import httpx
 
 from gist_ray.config import ClusterConfig
 from gist_ray.errors import InputError
 from gist_ray.ingress import ingress_environment
 
+log = logging.getLogger(__name__)
+
 _PORTS = range(20_000, 30_000)
 """Below those that kernels give to connections, above Ray's for workers, and beside Serve's for replicas."""
+_WATCH_EVERY_S = 0.1
 # Set before Ray or a worker of Ray starts; `setdefault` leaves the user's own choice alone.
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's coming default; unset, it warns in every worker
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_gcs_server_port_wait_time_s": "120",  # Ray's 30 are not enough on a machine with much else to do
+    "RAY_worker_niceness": "0",  # Ray's is 15: on a busy machine a replica would starve beside who asks it
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+_made_tokens: set[str] = set()
+"""Those of our own Rays, which no user knows."""
 
 
 @contextmanager
@@ -35,6 +47,9 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     In order: the Ray this process is already connected to; `cluster.address`; `RAY_ADDRESS`, which Ray sets for
     submitted jobs; else a Ray of our own, on loopback, with a token that exists only in this process tree, in a
     temporary folder, shut down at the end.
+
+    Raises:
+        InputError: a cluster that asks for no token (`check_token`), or GPUs that this machine does not have.
     """
     ray_was_imported = "ray" in sys.modules
     address = cluster.address or os.environ.get("RAY_ADDRESS")
@@ -52,9 +67,12 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
     if not _verbose():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ part logs harmless lines as errors
     if address:
-        ray.init(address=address, log_to_driver=_verbose(), logging_level=logging.WARNING)
-        _quiet_data()
+        context = ray.init(address=address, log_to_driver=_verbose(), logging_level=logging.WARNING)
         try:
+            if cluster.require_token:
+                check_token(context.address_info["gcs_address"], context.dashboard_url, sent=_sends_token())
+            _quiet_data()
+            log.info("ray: dashboard http://%s, Prometheus targets at /api/prometheus/sd", context.dashboard_url)
             yield
         finally:
             ray.shutdown()
@@ -63,9 +81,59 @@ def connected(cluster: ClusterConfig) -> Iterator[None]:
         yield
 
 
+def check_token(gcs_address: str, dashboard: str | None, *, sent: bool) -> None:
+    """Refuse a cluster that runs what anybody on its network sends it.
+
+    Its mode is known by trying: a cluster without authentication takes a token like any other, and ignores it.
+
+    Args:
+        gcs_address: `host:port` that this process is connected to.
+        dashboard: `host:port`; None: there is none.
+        sent: whether this process sent a token.
+
+    Raises:
+        InputError: it was reached without a token, or its dashboard answers without one. Not on loopback.
+    """
+    if is_loopback(gcs_address.rpartition(":")[0]):
+        return
+    if sent and not _answers_anybody(dashboard):
+        return
+    raise InputError(
+        f"the Ray cluster at {gcs_address} asks for no token: who reaches it can run code there, and read these data. "
+        "Start it with RAY_AUTH_MODE=token on every node (cluster/README.md); where nobody else can reach it, set "
+        "cluster.require_token to false"
+    )
+
+
+def _sends_token() -> bool:
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return bool(is_token_auth_enabled())
+
+
+def _answers_anybody(dashboard: str | None) -> bool:
+    if not dashboard:
+        return False
+    try:
+        answer = httpx.get(f"http://{dashboard}/api/version", timeout=5, trust_env=False)
+    except httpx.HTTPError:  # on the head's loopback, or behind a policy
+        return False
+    return answer.status_code == 200
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @contextmanager
 def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
     import ray
+
+    from gist_ray.targets import listed  # it imports torch
 
     # Unix sockets allow 107 characters, HAProxy 97: in a deeper TMPDIR the names of theirs would not fit.
     folder = tempfile.mkdtemp(prefix="gist-ray-", dir=None if len(tempfile.gettempdir()) < 8 else "/tmp")
@@ -73,11 +141,12 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
     if own_token:
         # It stays for the life of this process: Ray caches it, so a second Ray here must have the same.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        _made_tokens.add(os.environ["RAY_AUTH_TOKEN"])
     # For this Ray alone: the next one has other files and ports.
     ingress = {k: v for k, v in ingress_environment(Path(folder), free_port).items() if k not in os.environ}
     os.environ.update(ingress)
     try:
-        ray.init(
+        context = ray.init(
             address="local",
             num_cpus=logical_cpus(cluster),
             include_dashboard=True,  # without it Train's placement-group cleaner logs an error every second
@@ -89,12 +158,50 @@ def _own_ray(cluster: ClusterConfig, own_token: bool) -> Iterator[None]:
         )
         _check_gpus(cluster)
         _quiet_data()
-        yield
+        [node] = ray.nodes()
+        log.info("ray: metrics for Prometheus at http://127.0.0.1:%d/metrics", node["MetricsExportPort"])
+        if os.environ.get("RAY_AUTH_TOKEN") not in _made_tokens:  # who does not know it cannot enter
+            log.info("ray: dashboard http://%s", context.dashboard_url)
+        with listed(Path(folder)), _watched():
+            yield
     finally:
         ray.shutdown()
         for name in ingress:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Say at once that the raylet of our own Ray has ended, and what to do.
+
+    Nothing may be said later: a driver that next asks a dead raylet for something is ended by Ray, in C++, without a
+    word and without Python's own end. One that does not is told by Ray that some actor died.
+    """
+    import ray._private.worker
+    from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+
+    [raylet] = [info.process for info in ray._private.worker._global_node.all_processes[PROCESS_TYPE_RAYLET]]
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(_WATCH_EVERY_S):
+            if raylet.poll() is not None:
+                log.error(
+                    "ray: its raylet (process %d) has ended with %d, by a kill or for want of memory, and what ran on "
+                    "it is lost; run the same command again, it goes on from what is finished (train: with --resume)",
+                    raylet.pid,
+                    raylet.returncode,
+                )
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="gist-ray-raylet")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _check_gpus(cluster: ClusterConfig) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from gist_ray.cluster import free_port
+from gist_ray.serving.app import API_KEYS_VARIABLE
 from tests.faults.processes import descendants
 
 _DRIVER = """
@@ -127,7 +128,8 @@ def application(
 @contextmanager
 def serve_cluster() -> Iterator[ServeCluster]:
     token, port = secrets.token_hex(32), free_port()
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # Without the API keys of a server of other tests, which may run in this process.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != API_KEYS_VARIABLE}
     environment = {**clean, **_QUICK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     command = [sys.executable, "-c", _DRIVER]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -166,6 +168,7 @@ class Clients:
     words: int = 8
     pause_s: float = 0.01
     retry_s: float = 1.0
+    api_key: str = ""
     asked: list[Asked] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -210,8 +213,9 @@ class Clients:
         client.close()
 
     def _once(self, client: httpx.Client, body: dict[str, Any]) -> tuple[int, str]:
+        headers = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
-            answer = client.post(f"{self.url}/v1/embeddings", json=body)
+            answer = client.post(f"{self.url}/v1/embeddings", json=body, headers=headers)
         except httpx.HTTPError as error:
             return 0, repr(error)
         if answer.status_code != 200:
