@@ -7,7 +7,6 @@ Annotations are objects here, not strings: Serve reads that of `build_app` to va
 import errno
 import hashlib
 import io
-import ipaddress
 import logging
 import os
 import signal
@@ -24,7 +23,7 @@ from typing import Any
 
 import httpx
 
-from gist_ray.cluster import connected, free_port
+from gist_ray.cluster import connected, free_port, is_loopback
 from gist_ray.config import ClusterConfig
 from gist_ray.encoder import fingerprint
 from gist_ray.errors import InputError
@@ -129,7 +128,7 @@ def serve_model(
     place = str(folder.absolute()) if folder.is_dir() else str(model)
     name = model_id or (folder.absolute().name if folder.is_dir() else place)
     serving = ServingConfig(**config.model_dump(exclude={"host", "port", "grpc_port"}))
-    args = ServeArgs(models={name: place}, serving=serving, drain_s=2, local_only=_is_loopback(config.host))
+    args = ServeArgs(models={name: place}, serving=serving, drain_s=2, local_only=is_loopback(config.host))
     check_model(place)
     host, port = config.host, config.port or free_port(config.host)
     for taken in (port, config.grpc_port):
@@ -182,6 +181,7 @@ def serve(
         with _stop_signals(stop) as started:
             with serve_model(model, config, cluster, model_id=model_id) as endpoint:
                 started()
+                log.info("serve: %s is served; metrics for Prometheus at %s/metrics", endpoint.model_id, endpoint.url)
                 on_ready(endpoint)
                 stop.wait()
     except KeyboardInterrupt:
@@ -238,13 +238,6 @@ def _check_port(host: str, port: int) -> None:
 
 def _grpc_options(port: int | None) -> dict[str, Any] | None:
     return None if port is None else {"port": port, "grpc_servicer_functions": [SERVICER_FUNCTION]}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _reachable(host: str) -> str:

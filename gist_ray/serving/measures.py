@@ -111,6 +111,7 @@ def _gauges(served: Served, counters: dict[str, float]) -> dict[str, float]:
     padded, capacity = counters["padded_tokens"], counters["batches"] * scheduler.batch_tokens
     return {
         "queue_tokens": scheduler.queued_tokens,
+        "batch_limit_tokens": scheduler.batch_tokens,
         "batch_fill_ratio": padded / capacity if capacity else 0,
         "padding_ratio": 1 - counters["batch_tokens"] / padded if padded else 0,
         "tokens_per_second": scheduler.tokens_per_second,

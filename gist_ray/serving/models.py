@@ -122,6 +122,7 @@ class Models:
         except BaseException:
             await scheduler.close()
             raise
+        log.info("%s from %s is ready: %d dimensions, %s", model_id, place, engine.dim, engine.precision)
         return Served(model_id, place, engine, scheduler, int(time.time()))
 
     @staticmethod

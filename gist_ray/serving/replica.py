@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from functools import partial
@@ -24,6 +25,8 @@ from gist_ray.serving.tracing import Tracing
 log = logging.getLogger(__name__)
 
 HEALTH_DEADLINE_S = 20.0
+SWITCH_S = 0.0005
+"""How long a thread that wants to go on may have to wait for another; Python's 5 ms is a small forward."""
 
 
 class Replica:
@@ -37,6 +40,8 @@ class Replica:
         import ray.util
         from ray import serve
 
+        sys.setswitchinterval(SWITCH_S)
+        _log_as_serve_does()
         config = args.serving
         self._models = Models(
             partial(load_engine, backend=config.backend, precision=config.precision, threads=config.threads),
@@ -91,3 +96,14 @@ class Replica:
     async def __del__(self) -> None:
         if hasattr(self, "_models"):  # not if __init__ failed
             await self._models.close()
+
+
+def _log_as_serve_does() -> None:
+    """Send gist-ray's lines where Serve's go, in its form (text or JSON), with the replica's name.
+
+    Otherwise nobody handles them in a replica, and what is below WARNING is lost.
+    """
+    ours, serves = logging.getLogger("gist_ray"), logging.getLogger("ray.serve")
+    ours.handlers = serves.handlers  # the very list: Serve changes it when its configuration changes
+    ours.setLevel(serves.level)
+    ours.propagate = False

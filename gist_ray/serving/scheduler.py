@@ -1,7 +1,8 @@
 """Scheduler: requests of texts in front of one engine.
 
 The unit is the text, not the request: a request of many texts fills several batches, and a batch serves many
-requests. A batch is taken only when the engine is free: there is no timer, and a lone request starts at once.
+requests. A batch is taken only when the engine is free, by its own thread: there is no timer, and a lone request starts
+at once.
 Which texts make the next batch is told in `lanes.py`. A text that is known from before, or in flight, is not computed
 again.
 """
@@ -13,18 +14,17 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
 from gist_ray.encoder import TokenIds
 from gist_ray.serving.cache import VectorCache
 from gist_ray.serving.engine import Engine, Vectors
+from gist_ray.serving.engine_thread import EngineThread, Outcome
 from gist_ray.serving.lanes import Lanes, Text
 from gist_ray.serving.outcomes import Closed, Embeddings, ForwardFailed, Overloaded, RequestTooLarge, TextTooLong
 from gist_ray.serving.pieces import Piece
@@ -32,8 +32,6 @@ from gist_ray.serving.reader import Reader
 from gist_ray.serving.tuning import tuned_batch_tokens
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 UNTUNED_BATCH_TOKENS = 1024
 """Until it is measured."""
@@ -77,7 +75,7 @@ class Scheduler:
     """Batches the texts of concurrent requests for one engine: `async with Scheduler(engine) as scheduler`.
 
     Args:
-        engine: what computes; its `forward` gets a thread of its own.
+        engine: what computes, in a thread of its own.
         batch_tokens: padded tokens per forward; a single longer text is a batch of its own. None: measured at warm-up.
         max_queue_tokens: tokens that may wait; above it `embed` raises Overloaded.
         window_batches: how many batches are sorted together; see `lanes.py` for what it bounds.
@@ -103,20 +101,18 @@ class Scheduler:
         self._tuned = batch_tokens is None
         self._lanes = Lanes(batch_tokens or UNTUNED_BATCH_TOKENS, window_batches)
         self._in_flight: dict[bytes, Text] = {}
-        self._work = asyncio.Event()
+        self._queue = threading.Lock()  # held for what the engine's thread and the event loop both change
         self._asking, self._someone_left = 0, asyncio.Event()
-        self._turn = turn or threading.Lock()
-        self._loop_task: asyncio.Task[None] | None = None
-        self._warm = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running, self._warm, self._waking = False, False, False
         self._reader = Reader()
-        # One thread: one forward at a time is what makes the batches.
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward")
+        self._thread = EngineThread(engine, turn or threading.Lock(), self._take, self._ended, self._broken)
         # Until a batch has been measured: a slow guess, so that nobody is told to come back too early.
         self._rate_tokens, self._rate_seconds = 1000.0, 1.0
 
     async def start(self) -> None:
         """Take texts from now on, in the running event loop."""
-        self._loop_task = asyncio.create_task(self._run(), name="scheduler")
+        self._loop, self._running = asyncio.get_running_loop(), True
 
     async def __aenter__(self) -> Scheduler:
         await self.start()
@@ -127,11 +123,9 @@ class Scheduler:
 
     async def close(self) -> None:
         """Stop; whoever still waits gets Closed. The batch that runs is not waited for."""
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-            await asyncio.gather(self._loop_task, return_exceptions=True)
+        self._stop()
         self._reader.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
 
     async def drain(self) -> None:
         """Stop when those who ask now have their answers. Who asks from now on may get Closed."""
@@ -167,15 +161,15 @@ class Scheduler:
         short, longest = await self._reader.read(texts, partial(self.engine.tokenize, texts))
 
         def seconds(rows: int, length: int) -> float:
-            _, took = self._forward([longest[:length]] * rows)
+            _, took = self._thread.forward([longest[:length]] * rows)
             self._measure(rows * length, took)
             return took
 
         if self._tuned:
             lengths = [min(length, len(longest)) for length in TYPICAL_TOKENS]
-            self._lanes.batch_tokens = await self._in_thread(self._executor, tuned_batch_tokens, seconds, lengths)
+            self._lanes.batch_tokens = await self._thread.run(tuned_batch_tokens, seconds, lengths)
         for length in (len(short), len(longest)):
-            await self._in_thread(self._executor, seconds, max(1, self.batch_tokens // length), length)
+            await self._thread.run(seconds, max(1, self.batch_tokens // length), length)
         self._warm = True
 
     async def probe(self, deadline_s: float) -> None:
@@ -190,7 +184,7 @@ class Scheduler:
 
         async def tiny_forward() -> None:
             tokens = await self._reader.read(["a"], partial(self.engine.tokenize, ["a"]))
-            await self._in_thread(self._executor, self._forward, tokens)
+            await self._thread.run(self._thread.forward, tokens)
 
         await asyncio.wait_for(tiny_forward(), deadline_s)
 
@@ -245,14 +239,6 @@ class Scheduler:
             self._asking -= 1
             self._someone_left.set()
 
-    @property
-    def _running(self) -> bool:
-        return self._loop_task is not None and not self._loop_task.done()
-
-    @staticmethod
-    async def _in_thread(executor: ThreadPoolExecutor, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(executor, function, *args)
-
     def _enqueue(self, tokens: Sequence[TokenIds]) -> _Request:
         keys, in_flight = [np.asarray(row, dtype=np.int32).tobytes() for row in tokens], self._in_flight
         vectors = np.empty((len(keys), self.engine.dim), dtype=np.float32)
@@ -269,20 +255,32 @@ class Scheduler:
         self._admit(sum(map(len, fresh.values())))
         now, fast = time.perf_counter(), num_tokens <= FAST_LANE_TOKENS
         request = _Request(vectors, len(waiting), asyncio.get_running_loop().create_future(), queued_at=now)
-        for key, row in fresh.items():
-            in_flight[key] = Text(row, key, queued_at=now)
-            self._lanes.put(in_flight[key], fast=fast)
-            self.queued_tokens += len(row)
-        for index in waiting:
-            text = in_flight[keys[index]]
-            text.rows.setdefault(request, []).append(index)
-            request.texts.append(text)
+        with self._queue:  # a text is in the queue when somebody waits for it, not before
+            for key, row in fresh.items():
+                in_flight[key] = Text(row, key, queued_at=now)
+                self._lanes.put(in_flight[key], fast=fast)
+                self.queued_tokens += len(row)
+            for index in waiting:
+                text = in_flight[keys[index]]
+                text.rows.setdefault(request, []).append(index)
+                request.texts.append(text)
         self.counters.texts += len(keys)
         self.counters.tokens += num_tokens
         self.counters.texts_deduplicated += len(waiting) - len(fresh)
         self.counters.texts_cached += len(keys) - len(waiting)
-        self._work.set()
+        self._wake_soon()
         return request
+
+    def _wake_soon(self) -> None:
+        """Wake the engine's thread when the requests that are here already are in the queue too."""
+        if not self._waking:
+            self._waking = True
+            asyncio.get_running_loop().call_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._waking = False
+        if self._running:
+            self._thread.wake()
 
     def _admit(self, num_tokens: int) -> None:
         if not self._running:
@@ -301,49 +299,51 @@ class Scheduler:
         """A request that is over, in whatever way, stops waiting; texts nobody waits for leave the queue."""
         if request.missing == 0:
             return
-        for text in request.texts:
-            if text.rows.pop(request, None) is not None and not text.rows and not text.running:
-                self._in_flight.pop(text.key)  # its place in the queue stays, and is skipped
+        with self._queue:
+            for text in request.texts:
+                if text.rows.pop(request, None) is not None and not text.rows and not text.running:
+                    self._in_flight.pop(text.key)  # its place in the queue stays, and is skipped
+                    self.queued_tokens -= len(text.ids)
+                    self.counters.texts_dropped += 1
+
+    def _take(self) -> list[Text]:
+        """The next batch; from the engine's thread."""
+        with self._queue:
+            batch = self._lanes.next_batch()
+            for text in batch:
+                text.running = True
                 self.queued_tokens -= len(text.ids)
-                self.counters.texts_dropped += 1
+        return batch
 
-    async def _run(self) -> None:
-        try:
-            while True:
-                await self._work.wait()
-                if batch := self._lanes.next_batch():
-                    await self._run_batch(batch)
-                else:
-                    self._work.clear()
-        finally:  # nobody may be left waiting, whatever ended the loop
-            self._fail(list(self._in_flight.values()), Closed("the server is shutting down"))
+    def _ended(self, batch: list[Text], started: float, outcome: Outcome) -> None:
+        """From the engine's thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._answer, batch, started, outcome)
 
-    async def _run_batch(self, batch: list[Text]) -> None:
-        started = time.perf_counter()
+    def _broken(self, error: Exception) -> None:
+        """From the engine's thread, which ends: nobody may be left waiting, and the health check must notice."""
+        log.error("the scheduler ended", exc_info=error)
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        self._running = False
+        self._fail(list(self._in_flight.values()), Closed("the server is shutting down"))
+
+    def _answer(self, batch: list[Text], started: float, outcome: Outcome) -> None:
+        if not self._running:  # they were told so
+            return
         for text in batch:
-            text.running = True
-            self.queued_tokens -= len(text.ids)
             for request in text.rows:
                 request.queue_s = max(request.queue_s, started - max(text.queued_at, request.queued_at))
-        try:
-            vectors, seconds = await self._in_thread(self._executor, self._forward, [text.ids for text in batch])
-        except Exception as error:
-            log.exception("forward failed on a batch of %d texts", len(batch))  # never the texts themselves
+        if isinstance(outcome, Exception):
+            log.error("forward failed on a batch of %d texts", len(batch), exc_info=outcome)  # never the texts
             self.counters.batches_failed += 1
-            self._fail(batch, ForwardFailed(f"the model failed on this input ({type(error).__name__})"))
+            self._fail(batch, ForwardFailed(f"the model failed on this input ({type(outcome).__name__})"))
         else:
+            vectors, seconds = outcome
             self._count(batch, seconds)
             self._deliver(batch, vectors)
-
-    def _forward(self, tokens: list[TokenIds]) -> tuple[Vectors, float]:
-        """Vectors, and the seconds that they took: not those of waiting for the turn."""
-        with self._turn:
-            started = time.perf_counter()
-            vectors = self.engine.finish(self.engine.forward(tokens))
-            seconds = time.perf_counter() - started
-        if vectors.shape != (len(tokens), self.engine.dim) or not np.isfinite(vectors).all():
-            raise ValueError(f"engine returned shape {vectors.shape} or NaN/inf for {len(tokens)} texts")
-        return vectors, seconds
 
     def _deliver(self, batch: list[Text], vectors: Vectors) -> None:
         for text, vector in zip(batch, vectors, strict=True):
@@ -357,14 +357,15 @@ class Scheduler:
             text.rows.clear()
 
     def _fail(self, batch: list[Text], error: Exception) -> None:
-        for text in batch:
-            del self._in_flight[text.key]
-            if not text.running:
-                self.queued_tokens -= len(text.ids)
-            for request in text.rows:
-                if not request.done.done():
-                    request.done.set_exception(type(error)(*error.args))  # each waiter its own traceback
-            text.rows.clear()
+        with self._queue:
+            for text in batch:
+                del self._in_flight[text.key]
+                if not text.running:
+                    self.queued_tokens -= len(text.ids)
+                for request in text.rows:
+                    if not request.done.done():
+                        request.done.set_exception(type(error)(*error.args))  # each waiter its own traceback
+                text.rows.clear()
 
     def _count(self, batch: list[Text], seconds: float) -> None:
         lengths = [len(text.ids) for text in batch]

@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gist_ray.chunks import BATCH_TOKENS, SIMILAR_LENGTH, length_sorted_chunks
+from gist_ray.chunks import BATCH_TOKENS, SIMILAR_LENGTH, dealt_chunks
 from gist_ray.config import Recipe
-from gist_ray.data.plan import worker_texts
 from gist_ray.data.shards import Shards
 from gist_ray.encoder import Encoder
 
@@ -27,6 +26,8 @@ _Item = TypeVar("_Item")
 class Chunk:
     """Texts of one forward."""
 
+    number: int
+    """Of this chunk among those of all workers."""
     ids: Tensor
     """`[rows, tokens]` token ids, padded."""
     mask: Tensor
@@ -77,24 +78,24 @@ def make_batch(encoder: Encoder, shards: Shards, batch: Ids, recipe: Recipe, ran
     triplets, lengths = shards.triplets, shards.texts.lengths
     budget = recipe.train.chunk_tokens or BATCH_TOKENS[encoder.device.type]
     wanted = triplets.texts_of(batch)
-    shares = [worker_texts(wanted, lengths[wanted], worker, world_size) for worker in range(world_size)]
-    chunks_of = [_chunked(share, lengths, budget) for share in shares]
-    counts = [sum(map(len, chunks)) for chunks in chunks_of]
-    texts = np.concatenate([np.zeros(0, np.int64), *(chunk for chunks in chunks_of for chunk in chunks)])
+    dealt = dealt_chunks(lengths[wanted], budget, world_size, similar=SIMILAR_LENGTH)
+    chunks_of = [[(number, wanted[places]) for number, places in own] for own in dealt]
+    counts = [sum(len(ids) for _, ids in own) for own in chunks_of]
+    texts = np.concatenate([np.zeros(0, np.int64), *(ids for own in chunks_of for _, ids in own)])
     order = np.argsort(texts)
 
     def places(ids: Ids) -> Tensor:
         return torch.from_numpy(order[np.searchsorted(texts, ids, sorter=order)])
 
-    chunks = [_chunk(encoder, shards, ids) for ids in chunks_of[rank]]
+    chunks = [_chunk(encoder, shards, number, ids) for number, ids in chunks_of[rank]]
     guided = recipe.loss.guide == "frozen"
     return WorkerBatch(
         size=len(batch),
         rows_crc32=zlib.crc32(np.ascontiguousarray(batch).tobytes()),
         chunks=chunks,
         counts=counts,
-        shapes=[[(len(chunk), int(lengths[chunk].max())) for chunk in chunks] for chunks in chunks_of],
-        filler=_chunk(encoder, shards, texts[-1:]),
+        shapes=[[(len(ids), int(lengths[ids].max())) for _, ids in own] for own in chunks_of],
+        filler=_chunk(encoder, shards, sum(map(len, chunks_of)), texts[-1:]),
         texts=torch.from_numpy(texts),
         guide=torch.from_numpy(shards.texts.guide(texts)) if guided else torch.zeros((len(texts), 0)),
         query=places(triplets.query[batch]),
@@ -115,13 +116,8 @@ def made_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
             yield item
 
 
-def _chunked(texts: Ids, lengths: npt.NDArray[np.integer], budget: int) -> list[Ids]:
-    """Text ids in chunks of similar length."""
-    return [texts[chunk] for chunk in length_sorted_chunks(lengths[texts], budget, similar=SIMILAR_LENGTH)]
-
-
-def _chunk(encoder: Encoder, shards: Shards, texts: Ids) -> Chunk:
+def _chunk(encoder: Encoder, shards: Shards, number: int, texts: Ids) -> Chunk:
     ids, mask = encoder.padded(shards.texts.tokens(texts))
     if encoder.device.type == "cuda":  # pinned memory lets the copy run beside the step before
         ids, mask = ids.pin_memory(), mask.pin_memory()
-    return Chunk(ids, mask)
+    return Chunk(number, ids, mask)

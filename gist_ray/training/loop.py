@@ -89,7 +89,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             log.write(metrics)
         if done % recipe.train.checkpoint_steps == 0 or done == total_steps or preemption.is_near(metrics["clock_s"]):
             with clock("checkpoint"):
-                stall_s = saver.save(metrics, recipe.validation.rows > 0)
+                stall_s = saver.save(metrics, recipe.validation.wanted)
             if log:
                 log.write_event({"step": done, "event": "checkpoint", "stall_s": stall_s})
     if log:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from gist_ray.gauges import Gauges
 from gist_ray.metrics import Line
 
 _PREFIX = "gist_ray_train_"
@@ -17,15 +18,17 @@ class RayMetrics:
     `gist_ray_train_loss{run}` and so on, `gist_ray_train_validation_score{run}` of events,
     `gist_ray_train_phase_seconds{run, phase, rank}`, and the counters `gist_ray_train_steps_total{run}`,
     `gist_ray_train_examples_total{run}` and `gist_ray_train_events_total{run, event}`. Ray puts `ray_` before each
-    name, and sends them on at its own interval (10 s). Steps that a restart repeats are counted again: work was done.
-    Scores by task are left out: their names are not Prometheus's.
+    name, and sends them on at its own interval (10 s). A gauge that is there belongs to a run that runs; counters stay.
+    Steps that a restart repeats are counted again: work was done. Scores by task are left out: their names are not
+    Prometheus's.
 
     It lives in a worker of Ray; worker 0 has the seconds of all ranks, so it reports for all.
     """
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._instruments: dict[str, Any] = {}
+        self._gauges = Gauges(_PREFIX, run=run)
+        self._counters: dict[str, Any] = {}
         self._step: int | None = None
 
     def log(self, line: Line) -> None:
@@ -43,7 +46,8 @@ class RayMetrics:
                 self._set("phase_seconds", value, phase=str(phase), rank=str(rank))
 
     def close(self) -> None:
-        """Nothing to do: the values end with the worker's process."""
+        """No more lines will come: the gauges end in some seconds, the counters with Ray."""
+        self._gauges.close()
 
     def _count_steps(self, line: Line) -> None:
         """Lines come every `train.log_steps` steps; before the first one nobody knows how many steps it stands for."""
@@ -55,17 +59,15 @@ class RayMetrics:
                 self._count("examples_total", steps * line["batch_size"])
 
     def _set(self, name: str, value: float, **tags: str) -> None:
-        from ray.util.metrics import Gauge
-
-        self._instrument(Gauge, name, tags).set(value, {"run": self._run, **tags})
+        self._gauges.set(_metric(name), value, **tags)
 
     def _count(self, name: str, value: float, **tags: str) -> None:
         from ray.util.metrics import Counter
 
-        self._instrument(Counter, name, tags).inc(value, {"run": self._run, **tags})
+        if name not in self._counters:
+            self._counters[name] = Counter(_PREFIX + name, f"`{name}` of training", ("run", *tags))
+        self._counters[name].inc(value, {"run": self._run, **tags})
 
-    def _instrument(self, kind: Any, name: str, tags: dict[str, str]) -> Any:
-        name = _PREFIX + re.sub(r"\W", "_", name, flags=re.ASCII)
-        if name not in self._instruments:
-            self._instruments[name] = kind(name, f"`{name.removeprefix(_PREFIX)}` of training", ("run", *tags))
-        return self._instruments[name]
+
+def _metric(name: str) -> str:
+    return re.sub(r"\W", "_", name, flags=re.ASCII)

@@ -13,6 +13,7 @@ import yaml
 
 from gist_ray import html
 from gist_ray.config import Recipe
+from gist_ray.manifest import write_whole
 from gist_ray.metrics import EVENTS, METRICS, VALIDATIONS, Line, iter_metrics, read_metrics
 from gist_ray.training.phases import PHASES
 from gist_ray.training.time_spent import EXCHANGES, TimeSpent, TimeSums
@@ -47,9 +48,7 @@ def write_train_report(run_dir: Path, recipe: Recipe, folder: Path) -> Path:
         folder: exists.
     """
     page = folder / TRAIN_REPORT_PAGE
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(_page(_read(run_dir), recipe), encoding="utf-8")
-    temporary.replace(page)
+    write_whole(page, _page(_read(run_dir), recipe).encode())
     return page
 
 

@@ -14,13 +14,13 @@ from gist_ray.data.shards import Shards
 from gist_ray.encoder import model_fingerprint
 from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, read_manifest, write_manifest
-from gist_ray.metrics import EVENTS, METRICS, VALIDATIONS, remove_logs
+from gist_ray.metrics import EVENTS, METRICS, TENSORBOARD, VALIDATIONS, remove_logs
 from gist_ray.training.checkpoint import KIND, STUDENT, trained_student
 from gist_ray.training.engine import deepspeed_config
 from gist_ray.training.loop import count_steps, train_loop
 from gist_ray.training.loss import check_dims
 from gist_ray.training.progress import progress
-from gist_ray.training.report import write_train_report
+from gist_ray.training.report import TRAIN_REPORT_PAGE, write_train_report
 from gist_ray.training.storage import RunStorage, fetch
 from gist_ray.training.student import load_student
 from gist_ray.training.tracking import check_trackers, tracked
@@ -67,6 +67,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     epoch_steps = count_steps(Shards.open(shards_dir), recipe)
     total_steps = sum(epoch_steps)
     log.info("train: %d steps of %d triplets", total_steps, recipe.train.batch_size)
+    log.info("train: each step in %s, curves by `tensorboard --logdir %s`", run_dir / METRICS, run_dir / TENSORBOARD)
     with connected(recipe.cluster), progress(run_dir / METRICS, total_steps), tracked(recipe, run_dir):
         result = _fit(recipe, shards_dir, epoch_steps, storage_path, run_name)
         folder, score = _chosen(recipe, storage, result)
@@ -76,6 +77,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         if (run_dir / name).is_file():
             shutil.copyfile(run_dir / name, out / name)
     write_train_report(run_dir, recipe, out)
+    log.info("train: how it went in %s", out / TRAIN_REPORT_PAGE)
     facts = {"recipe": recipe.model_dump(mode="json"), "steps": total_steps, "validation": score}
     write_manifest(out, KIND, made_from, **facts)
     storage.delete()
@@ -85,7 +87,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 def checkpoint_fingerprint(recipe: Recipe, shards_dir: Path) -> dict[str, Any]:
     """What decides the trained weights: shards, student, loss, training and validation sections.
 
-    The number of workers and the memory there is are not in it: they change rounding and dropout, not the batches.
+    The number of workers and the memory there is are not in it: they change rounding, not the batches.
     """
     shards = read_manifest(shards_dir)
     assert shards is not None, "prepare returns finished shards"
@@ -105,7 +107,7 @@ def _fit(recipe: Recipe, shards_dir: Path, epoch_steps: list[int], storage_path:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    cluster, validated = recipe.cluster, recipe.validation.rows > 0
+    cluster, validated = recipe.cluster, recipe.validation.wanted
     gpus = cluster.gpus_per_worker > 0
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if gpus else {})
     ranked = {"checkpoint_score_attribute": SCORE, "checkpoint_score_order": "max"} if validated else {}
@@ -153,8 +155,8 @@ def _last_line(error: BaseException) -> str:
 
 
 def _chosen(recipe: Recipe, storage: RunStorage, result: Any) -> tuple[str, float | None]:
-    """Folder of the checkpoint that is the result: the best on the held-out rows, or the last; and its score."""
-    if recipe.validation.rows:
+    """Folder of the checkpoint that is the result: the best one, or the last; and its score."""
+    if recipe.validation.wanted:
         checkpoint, metrics = best_checkpoint(result)
         if checkpoint is not None:
             return str(checkpoint.path), metrics.get(SCORE)

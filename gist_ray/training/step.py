@@ -92,7 +92,7 @@ class Stepper:
         outputs = []
         for place, chunk in enumerate(chunks):
             with self.clock("forward"), torch.set_grad_enabled(kept[place]):
-                outputs.append(self._forward(number, place, chunk))
+                outputs.append(self._forward(number, chunk))
         graphs = [output if keep else None for output, keep in zip(outputs, kept, strict=True)]
         return [output.detach() for output in outputs], graphs
 
@@ -103,7 +103,7 @@ class Stepper:
             output, graphs[place] = graphs[place], None  # its activations are freed as they are used
             if output is None:
                 with self.clock("forward"):
-                    output = self._forward(number, place, chunk)
+                    output = self._forward(number, chunk)
             own, start = gradient[start : start + len(output)], start + len(output)
             with self.clock("backward"):
                 surrogate = (output[: len(own)] * own).sum()  # its gradient is `own`; of a filler it is nothing
@@ -123,9 +123,9 @@ class Stepper:
             return [batch.filler], [True]
         return batch.chunks, self.memory.kept(batch.shapes[self.rank])
 
-    def _forward(self, number: int, place: int, chunk: Chunk) -> Tensor:
+    def _forward(self, number: int, chunk: Chunk) -> Tensor:
         """Vectors of a chunk; the same when it is computed again, because dropout starts from the same seed."""
-        seed_chunk(self.train.seed, number, self.rank, place)
+        seed_chunk(self.train.seed, number, chunk.number)
         device = self.encoder.device
         ids, mask = chunk.ids.to(device, non_blocking=True), chunk.mask.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
@@ -180,7 +180,10 @@ def one_reduction(engine: Any, gradients: FlatGradients | None, clock: PhaseCloc
     clock.add("reduce", started)
 
 
-def seed_chunk(seed: int, step: int, rank: int, chunk: int) -> None:
-    """Dropout depends on (seed, step, worker, chunk) alone: a repeated forward and a resumed run repeat it exactly."""
-    state = np.random.SeedSequence([seed, step, rank, chunk]).generate_state(1, np.uint64)[0]
+def seed_chunk(seed: int, step: int, chunk: int) -> None:
+    """Dropout depends on (seed, step, chunk) alone: a repeated forward and a resumed run repeat it exactly.
+
+    So do other numbers of workers, as long as they cut the batch into the same chunks.
+    """
+    state = np.random.SeedSequence([seed, step, chunk]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state) >> 1)

@@ -228,15 +228,31 @@ def score_checkpoint(checkpoint: Any, step: int, recipe: dict[str, Any], shards:
     """
     parsed = Recipe.model_validate(recipe)
     torch.set_num_threads(parsed.cluster.data_threads)
-    opened = Shards.open(shards)
-    rows = held_out_rows(opened.triplets, parsed.validation.rows, parsed.train.seed)
     with checkpoint.as_directory() as folder:
         student = trained_student(parsed, Path(folder))
-    metrics = score(student, opened, rows, parsed.validation.batch_tokens).metrics(opened.tasks)
+    metrics: dict[str, float] = {}
+    if parsed.validation.rows:
+        opened = Shards.open(shards)
+        rows = held_out_rows(opened.triplets, parsed.validation.rows, parsed.train.seed)
+        metrics = score(student, opened, rows, parsed.validation.batch_tokens).metrics(opened.tasks)
+    if parsed.validation.data:
+        held_out = {"held_out_ndcg_at_10": metrics[SCORE]} if metrics else {}
+        metrics |= held_out | task_metrics(student, Path(parsed.validation.data), parsed.validation.batch_tokens)
     event = {"time": round(time.time(), 3), "step": step, "event": "validation", **metrics}
     with (parsed.run_dir() / VALIDATIONS).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(event) + "\n")
     return metrics
+
+
+def task_metrics(student: Encoder, data: Path, batch_tokens: int | None = None) -> dict[str, float]:
+    """Main score of each local task of a folder, as `evaluate` gives it, and `score`, their mean."""
+    from gist_ray.evaluation.pool import LocalPool
+    from gist_ray.evaluation.tasks import local_tasks
+    from gist_ray.evaluation.unit import ModelName, scored
+
+    pool = LocalPool(student, batch_tokens)
+    found = {task.name: scored(task, pool, ModelName("local/student", "0")).score for task in local_tasks(data)}
+    return {f"{SCORE}/{name}": value for name, value in found.items()} | {SCORE: float(np.mean([*found.values()]))}
 
 
 def best_checkpoint(result: Any) -> tuple[Any, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,24 @@ def wandb_records(file: Path) -> Iterator[Any]:
             yield record
 
 
+def wandb_files(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def wait_until_written(run_dir: Path) -> None:
+    """W&B's own process may still write when a run is closed; the last record of a file is `exit`."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        kinds = [[record.WhichOneof("record_type") for record in wandb_records(file)] for file in wandb_files(run_dir)]
+        if all("exit" in found for found in kinds):
+            return
+        time.sleep(0.1)
+
+
 def wandb_history(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """W&B run id to what was logged, without W&B's own keys."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+    for file in wandb_files(run_dir):
         rows = found.setdefault(file.stem.removeprefix("run-"), [])
         for record in wandb_records(file):
             if record.WhichOneof("record_type") == "history":
@@ -155,10 +170,12 @@ def test_wandb_takes_a_run_and_continues_it(tmp_path: Path):
     run = tracker.open(None, tmp_path)
     tracker.send([(1, {"loss": 2.0, "phase/forward/max": 0.5}), (2, {"loss": 1.0})])
     tracker.close(succeeded=False)
+    time.sleep(1.1)  # W&B names a run's folder by the second that it starts in
     (again,) = trackers_of(recipe)
     assert again.open(run, tmp_path) == run
     again.send([(3, {"loss": 0.5}), (2, {"validation/score": 0.9})])  # W&B's own step would refuse to go back
     again.close(succeeded=True)
+    wait_until_written(tmp_path)
     assert wandb_history(tmp_path) == {
         run: [
             {"step": 1, "loss": 2.0, "phase/forward/max": 0.5},
@@ -167,7 +184,7 @@ def test_wandb_takes_a_run_and_continues_it(tmp_path: Path):
             {"step": 2, "validation/score": 0.9},
         ]
     }
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    files = wandb_files(tmp_path)
     kinds = {record.WhichOneof("record_type"): record for record in wandb_records(files[0])}
     assert kinds["run"].run.project == "verses" and kinds["run"].run.display_name == "run"
     config = {item.key: json.loads(item.value_json) for item in kinds["run"].run.config.update}

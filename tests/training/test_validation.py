@@ -21,6 +21,7 @@ from gist_ray.data.prepare import prepare
 from gist_ray.data.shards import Shards, Triplets
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
+from gist_ray.evaluation.tasks import local_tasks
 from gist_ray.metrics import read_metrics
 from gist_ray.recipe_file import parse_recipe
 from gist_ray.training import validation
@@ -35,6 +36,7 @@ from gist_ray.training.validation import (
     ranked,
     ray_validation,
     score,
+    task_metrics,
     training_weights,
     validate_checkpoint,
 )
@@ -343,6 +345,21 @@ def test_ray_train_finds_the_best_checkpoint(recipe: Recipe, shards: Shards, min
     assert lines[1]["score"] == metrics["score"] > lines[2]["score"] > lines[0]["score"]
     assert {"score/book-0", "score/book-1", "mrr", "accuracy_at_1"} < set(lines[0])
     assert lines[0]["validation_rows"] == 40
+
+
+def test_development_tasks_are_scored_as_evaluate_does(tiny_model: Path, tmp_path: Path):
+    from gist_ray.encoder import Encoder
+    from tests.evaluation.test_evaluate import sequential
+    from tests.evaluation.tiny_tasks import write_tiny_tasks
+
+    write_tiny_tasks(tmp_path / "all")
+    for name in ("SciFact", "TinySTS"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "all" / name).rename(tmp_path / "data" / name)
+    found = task_metrics(Encoder.load(tiny_model), tmp_path / "data")
+    expected = sequential(tiny_model, local_tasks(tmp_path / "data"))
+    assert {name: found[f"score/{name}"] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert found["score"] == pytest.approx(sum(expected.values()) / 2) and len(found) == 3
 
 
 def test_a_validation_whose_process_dies_is_done_again_and_then_given_up(

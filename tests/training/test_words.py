@@ -37,7 +37,7 @@ def encoder(tiny_model: Path) -> Encoder:
 def chunks_of(encoder: Encoder) -> list[Chunk]:
     # "[PAD]" in a text is read like any word, and the model's table does not train it.
     texts = [["a man plays the guitar", "rain [PAD] and"], ["the guitar is played by a man in the rain"]]
-    return [Chunk(*encoder.padded(encoder.tokenize(part))) for part in texts]
+    return [Chunk(i, *encoder.padded(encoder.tokenize(part))) for i, part in enumerate(texts)]
 
 
 def gradients(encoder: Encoder, chunks: list[Chunk]) -> list[Tensor]:
