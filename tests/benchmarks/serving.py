@@ -2,7 +2,7 @@
 
     python tests/benchmarks/serving.py [--quick] --json OUT [--only ceiling offline stock single repeats overload ...]
 
-Full: about 40 minutes on two cores. The client shares the machine with the server. Needs the shared data folder beside
+Full: about 50 minutes on two cores. The client shares the machine with the server. Needs the shared data folder beside
 the project and the dev extra; `infinity` needs an environment of its own, see `serving_infinity.py`. One replica;
 caches are off but where repeats are the subject.
 """
@@ -124,10 +124,15 @@ class OneByOne:
 
 
 def stock_figures(quick: bool) -> list[Figure]:
-    """Requests a second of one short text, and the tail at 80 % of our peak, beside the stock app."""
+    """As `beside_stock`, of each engine."""
+    return [figure for backend in BACKENDS for figure in beside_stock(backend, quick)]
+
+
+def beside_stock(backend: str, quick: bool) -> list[Figure]:
+    """Requests a second of one short text, and the tail at 80 % of our peak, beside stock on the same engine."""
     seconds, repeats = (3.0, 1) if quick else (10.0, 3)
     texts = short_texts(4000)
-    with our_server(minilm(), backend="torch") as ours, stock_server(minilm()) as stock:
+    with our_server(minilm(), backend=backend) as ours, stock_server(minilm(), backend) as stock:
         runs = interleaved(
             repeats,
             ours=lambda: served(ours, batched(texts, 1), 64, seconds).requests_per_s,
@@ -138,7 +143,7 @@ def stock_figures(quick: bool) -> list[Figure]:
             name: open_loop(Target(f"{server.url}/v1/embeddings"), batched(texts, 1), rate, seconds=seconds)
             for name, server in (("ours", ours), ("stock", stock))
         }
-    name = "one short text a request, torch fp32"
+    name = f"one short text a request, {backend} fp32"
     p99 = {who: load.latency_ms(99) for who, load in tails.items()}
     return [
         median_figure(f"{name}: ours, 64 clients", runs["ours"], "req/s"),
@@ -155,14 +160,15 @@ def repeats_figures(quick: bool) -> list[Figure]:
     seconds, repeats = (3.0, 1) if quick else (10.0, 3)
     fresh = short_texts(40_000)
     halves = [text for i in range(0, len(fresh), 16) for text in (*fresh[i : i + 16], *fresh[max(0, i - 16) : i])]
-    half_known = batched(halves, 32)  # goes on from turn to turn: else the cache would know what came before
+    # Both go on from turn to turn: else the cache would know what came before, and one have longer texts.
+    all_new, half_known = batched(fresh, 32), batched(halves, 32)
     with (
         our_server(minilm(), backend="torch") as without,
         our_server(minilm(), backend="torch", cache_mb=64) as server,
     ):
         runs = interleaved(
             repeats,
-            fresh=lambda: served(without, batched(fresh, 32), 8, seconds).texts_per_s,
+            fresh=lambda: served(without, all_new, 8, seconds).texts_per_s,
             halves=lambda: served(server, half_known, 8, seconds).texts_per_s,
         )
     name = "half of the texts repeated, 8 x 32, torch fp32"

@@ -20,7 +20,7 @@ from serving_servers import Server, infinity_server, our_server
 
 VARIABLE = "INFINITY_PYTHON"
 # BetterTransformer is gone from the transformers it installs; it sorts by real lengths.
-SETTINGS = ("--engine", "torch", "--no-bettertransformer", "--lengths-via-tokenize")
+SETTINGS = ("--engine", "torch", "--no-bettertransformer", "--lengths-via-tokenize", "--log-level", "error")
 BATCH_SIZES = (8, 16, 32, 64)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from functools import cache
@@ -40,7 +39,8 @@ def int8_figures(quick: bool) -> list[Figure]:
 def score_figures(quick: bool) -> list[Figure]:
     """MTEB scores of fp32 and of int8 on the shared evaluation data, in points of 100."""
     from gist_ray.config import ClusterConfig
-    from gist_ray.evaluation.run import REPORT, evaluate
+    from gist_ray.evaluation.report import read_report
+    from gist_ray.evaluation.run import evaluate
 
     work, data = Path(tempfile.mkdtemp(prefix="scores-")), SHARED / "eval"
     if quick:
@@ -56,7 +56,7 @@ def score_figures(quick: bool) -> list[Figure]:
             precision=precision,
             cluster=ClusterConfig(data_workers=2),
         )
-        tree = json.loads((report / REPORT).read_text())
+        tree = read_report(report)
         scores[precision] = {task["name"]: 100 * task["score"] for task in tree["tasks"]}
     lost = {task: scores["fp32"][task] - scores["int8"][task] for task in scores["fp32"]}
     for task, points in lost.items():

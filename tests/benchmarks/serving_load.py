@@ -17,10 +17,12 @@ __all__ = ["Load", "Target", "batched", "closed_loop", "mixed_texts", "open_loop
 
 
 def short_texts(count: int) -> list[str]:
-    """e-SNLI sentences of 10 to 14 words, all different."""
+    """e-SNLI sentences of 10 to 14 words, all different; when they are used up, again with a number before them."""
     table = pq.read_table(SHARED / "train" / "esnli.parquet", columns=["query", "pos"])
     texts = dict.fromkeys(text for column in table.columns for text in column.to_pylist())
-    return [text for text in texts if 10 <= len(text.split()) <= 14][:count]
+    fitting = [text for text in texts if 10 <= len(text.split()) <= 14]
+    rounds = range(-(-count // len(fitting)))
+    return [f"{turn} {text}" if turn else text for turn in rounds for text in fitting][:count]
 
 
 def mixed_texts(count: int) -> list[str]:

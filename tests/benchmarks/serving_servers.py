@@ -59,10 +59,10 @@ def our_server(model: str | Path, **settings: object) -> Iterator[Server]:
 
 
 @contextmanager
-def stock_server(model: str | Path) -> Iterator[Server]:
-    """The same model behind stock `@serve.batch`, FastAPI and the default proxy."""
+def stock_server(model: str | Path, backend: str) -> Iterator[Server]:
+    """The same engine behind stock `@serve.batch`, FastAPI and the default proxy."""
     script = Path(__file__).with_name("serving_stock.py")
-    with running([sys.executable, str(script), str(model)]) as server:
+    with running([sys.executable, str(script), str(model), backend]) as server:
         yield server
 
 
@@ -83,12 +83,14 @@ def infinity_server(python: str, model: str | Path, *options: str) -> Iterator[S
 def running(command: list[str], *, url: str = "", ready: str = "") -> Iterator[Server]:
     """A server that prints its URL when it answers, or answers 200 at `url` + `ready` then; ended by SIGTERM."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    # Nobody reads what a server says after its URL: a pipe would fill up, and the server stand still.
+    stdout = subprocess.DEVNULL if ready else subprocess.PIPE
+    process = subprocess.Popen(command, stdout=stdout, stderr=subprocess.DEVNULL, text=True, env=environment)
     try:
-        assert process.stdout
         if ready:
             _wait(url + ready, process)
         else:
+            assert process.stdout
             url = process.stdout.readline().strip()
         if not url.startswith("http"):
             raise RuntimeError(f"{command[:3]} did not start: {url!r}")

@@ -1,6 +1,6 @@
-"""The stock app: one deployment with FastAPI, pydantic and `@serve.batch`, behind Ray Serve's default proxy.
+"""The stock app: our engine in a deployment with FastAPI, pydantic and `@serve.batch`, behind Serve's default proxy.
 
-python tests/benchmarks/serving_stock.py MODEL     prints its URL, serves until SIGTERM
+python tests/benchmarks/serving_stock.py MODEL BACKEND     prints its URL, serves until SIGTERM
 
 Annotations are objects here, not strings: FastAPI could not find `Request` from inside a replica.
 """
@@ -16,13 +16,12 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = "benchmark" * 8
 
 import ray
-import torch
 from fastapi import FastAPI
 from pydantic import BaseModel
 from ray import serve
 
 from gist_ray.cluster import free_port
-from gist_ray.encoder import Encoder
+from gist_ray.serving.engine import load_engine
 
 app = FastAPI()
 
@@ -36,13 +35,13 @@ class Request(BaseModel):
 @serve.deployment(max_ongoing_requests=512, ray_actor_options={"num_cpus": 1})
 @serve.ingress(app)
 class Embedder:
-    def __init__(self, model: str) -> None:
-        torch.set_num_threads(1)
-        self._encoder = Encoder.load(model)
+    def __init__(self, model: str, backend: Any) -> None:
+        self._engine = load_engine(model, backend=backend, threads=1)
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def embed(self, texts: list[str]) -> list[list[float]]:
-        vectors: list[list[float]] = self._encoder.encode(texts).tolist()
+        engine = self._engine
+        vectors: list[list[float]] = engine.finish(engine.forward(engine.tokenize(texts))).tolist()
         return vectors
 
     @app.post("/v1/embeddings")
@@ -60,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stock-") as folder:
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-        serve.run(Embedder.bind(sys.argv[1]), route_prefix="/")
+        serve.run(Embedder.bind(sys.argv[1], sys.argv[2]), route_prefix="/")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         print(f"http://127.0.0.1:{port}", flush=True)

@@ -38,7 +38,7 @@ def scaling_figures(quick: bool) -> list[Figure]:
     Beside them two single workers that know nothing of each other, at the same time: what the machine's cores take
     from each other (caches, memory, clock), which no way of dealing out the work could give back.
     """
-    batch_size, batches, repeats = (16, 1, 1) if quick else (256, 2, 3)
+    batch_size, batches, repeats = (16, 1, 1) if quick else (256, 2, 7)
     rows = real_rows(SHORT, batch_size * batches)
     recipe = recipe_for("scaling", str(minilm()), train={"batch_size": batch_size})
     write_shards(recipe, rows, embedder(str(minilm())))
