@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gist_ray.embedding.run import embed
     from gist_ray.encoder import Encoder
     from gist_ray.errors import InputError
+    from gist_ray.evaluation.compare import compare
     from gist_ray.evaluation.run import evaluate
     from gist_ray.mine_config import MineConfig
     from gist_ray.model_folder import export
@@ -33,6 +34,7 @@ __all__ = [
     "MineConfig",
     "Recipe",
     "check",
+    "compare",
     "embed",
     "evaluate",
     "export",
@@ -52,6 +54,7 @@ _HOMES = {
     "MineConfig": "mine_config",
     "Recipe": "config",
     "check": "preflight",
+    "compare": "evaluation.compare",
     "embed": "embedding.run",
     "evaluate": "evaluation.run",
     "export": "model_folder",

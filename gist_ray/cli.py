@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 import traceback
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gist_ray.errors import InputError
+from gist_ray.log_lines import name_run, start_lines
 
 if TYPE_CHECKING:
     from gist_ray.config import Recipe
@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     arguments = _parser().parse_args(argv)
     arguments.stdout = sys.stdout  # for the one verb whose result comes before its end
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("gist_ray").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+    start_lines(arguments.verb, verbose=arguments.verbose)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints what workers push to the driver's stdout
             result = arguments.run(arguments)
@@ -91,28 +90,67 @@ def _export(arguments: argparse.Namespace) -> Path:
     )
 
 
-def _evaluate(arguments: argparse.Namespace) -> Path:
+def _evaluate(arguments: argparse.Namespace) -> str:
+    from gist_ray.cluster import connected
     from gist_ray.config import ClusterConfig, EvaluationConfig
     from gist_ray.evaluation.run import evaluate
 
     recipe = _optional_recipe(arguments)
     config, cluster = (recipe.evaluation, recipe.cluster) if recipe else (EvaluationConfig(), ClusterConfig())
     chosen = {"data_workers": arguments.workers, "data_threads": arguments.threads}
-    return evaluate(
-        arguments.model,
-        output_dir=arguments.out or _report_folder(arguments.model, arguments.precision),
-        tasks=tuple(arguments.tasks) or config.tasks,
-        data=arguments.data or config.data,
-        baseline=arguments.baseline,
-        cluster=_changed(cluster, chosen),
-        batch_tokens=config.batch_tokens,
-        precision=arguments.precision,
-    )
+    cluster = _changed(cluster, chosen)
+    config = _changed(config, {"cache_gb": arguments.cache_gb, "retries": arguments.retries})
+    models = arguments.model + ([arguments.endpoint] if arguments.endpoint else [])
+    if not models:
+        raise InputError("nothing to evaluate: give a model, or the URL of a served one with --endpoint")
+    several = len(models) > 1
+    reports = []
+    with connected(cluster) if several else contextlib.nullcontext():
+        for model in models:
+            folder = _report_folder(model, arguments.precision, Path(arguments.out or "reports"))
+            report = evaluate(
+                model,
+                output_dir=folder if several or not arguments.out else arguments.out,
+                tasks=tuple(arguments.tasks) or config.tasks,
+                benchmark=arguments.benchmark or config.benchmark,
+                data=arguments.data or config.data,
+                baseline=arguments.baseline,
+                cluster=cluster,
+                batch_tokens=config.batch_tokens,
+                precision=arguments.precision,
+                retries=config.retries,
+                cache_gb=config.cache_gb,
+            )
+            reports.append(str(report))
+            if arguments.check_reference is not None:
+                _check_reference(report, arguments.check_reference or model)
+    return "\n".join(reports)
 
 
-def _report_folder(model: str, precision: str) -> Path:
-    name = Path(model).name
-    return Path("reports") / (name if precision == "fp32" else f"{name}-{precision}")
+def _check_reference(report: Path, model: str) -> None:
+    from gist_ray.evaluation.reference import check_report
+
+    found = check_report(report, model)
+    for check in found:
+        verdict = "agrees" if check.holds else "DIFFERS"
+        scores = f"{check.found:.2f}, published {check.published:.2f}, tolerance {check.tolerance:g}"
+        print(f"{check.task}: {scores}: {verdict}", file=sys.stderr)
+    wrong = [check.task for check in found if not check.holds]
+    if wrong:
+        raise RuntimeError(
+            f"{len(wrong)} of {len(found)} scores are not those published for {model}: {', '.join(wrong)}"
+        )
+
+
+def _compare(arguments: argparse.Namespace) -> str:
+    from gist_ray.evaluation.compare import compare, table
+
+    return table(compare(arguments.before, arguments.after, output=arguments.out))
+
+
+def _report_folder(model: str, precision: str, parent: Path) -> Path:
+    name = Path(model).name.replace(":", "-").replace("#", "-")  # of a URL: its host, port and model
+    return parent / (name if precision == "fp32" else f"{name}-{precision}")
 
 
 def _embed(arguments: argparse.Namespace) -> Path | None:
@@ -215,9 +253,11 @@ def _parser() -> argparse.ArgumentParser:
         overrides(sub)
         return sub
 
-    def model_verb(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+    def model_verb(
+        name: str, run: Callable[[argparse.Namespace], Any], text: str, *, several: bool = False
+    ) -> argparse.ArgumentParser:
         sub = verb(name, run, text)
-        sub.add_argument("model", help="model folder or Hub id")
+        sub.add_argument("model", nargs="*" if several else None, help="model folder or Hub id")
         sub.add_argument("--recipe", help="take the settings of this recipe; options given here go first")
         overrides(sub)
         return sub
@@ -242,14 +282,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--int8", action="store_true", help="add an int8 variant for CPUs, its accuracy measured")
     sub.add_argument("--texts", help="file of lines to calibrate it with (default: the training texts)")
 
-    sub = model_verb("evaluate", _evaluate, "score a model with MTEB on Ray")
+    sub = model_verb("evaluate", _evaluate, "score models with MTEB on Ray", several=True)
+    sub.add_argument("--benchmark", metavar="NAME", help="MTEB benchmark, e.g. 'MTEB(eng, v2)' (data from the Hub)")
     sub.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="MTEB task names (data from the Hub)")
     sub.add_argument("--data", help="folder of local tasks")
     sub.add_argument("--baseline", help="an earlier report to show scores against")
-    sub.add_argument("--out", help="report folder (default: reports/MODEL)")
+    sub.add_argument("--out", help="report folder (default: reports/MODEL); of several models: of their reports")
     sub.add_argument("--workers", type=int, help="encoder actors (default: 2)")
     sub.add_argument("--threads", type=int, help="threads of each actor (default: 1)")
+    sub.add_argument("--endpoint", metavar="URL[#MODEL]", help="score a served model")
+    text = "compare the scores with those published for MODEL (default: for this name); exit code 1 if one differs"
+    sub.add_argument("--check-reference", nargs="?", const="", metavar="MODEL", help=text)
+    sub.add_argument("--retries", type=int, help="how often a task that fails is tried again (default: 0)")
+    sub.add_argument("--cache-gb", type=float, help="vectors kept for later runs, on each node (default: 8; 0: none)")
     sub.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="int8: the exported variant")
+
+    sub = verb("compare", _compare, "two reports -> is the second model better? Paired tests, task by task")
+    sub.add_argument("before", help="report folder of the first model")
+    sub.add_argument("after", help="report folder of the second")
+    sub.add_argument("--out", help="folder for compare.json and compare.html (default: the table alone)")
 
     sub = verb("embed", _embed, "vectors of the texts of a file or data set on Ray; without FILE, of lines on stdin")
     sub.add_argument("model", help="model folder or Hub id")
@@ -289,7 +340,9 @@ def _embed_options(sub: argparse.ArgumentParser) -> None:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     from gist_ray.recipe_file import load_recipe
 
-    return load_recipe(arguments.recipe, tuple(arguments.overrides))
+    recipe = load_recipe(arguments.recipe, tuple(arguments.overrides))
+    name_run(recipe.name)
+    return recipe
 
 
 def _optional_recipe(arguments: argparse.Namespace) -> Recipe | None:

@@ -261,6 +261,8 @@ class ClusterConfig(Section):
 
     address: str | None = None
     """Ray address. None: the cluster of `RAY_ADDRESS` (set inside a Ray job), else a Ray of our own on this machine."""
+    require_token: bool = True
+    """Refuse a cluster that asks for no token, unless it is on loopback."""
     num_workers: int | tuple[int, int] = 1
     """Training workers. `[min, max]`: as many as the cluster holds, and again when nodes come or go."""
     cpus_per_worker: float = Field(default=1, gt=0)
@@ -294,7 +296,15 @@ class ValidationConfig(Section):
     rows: int = Field(default=0, ge=0)
     """Rows held out of training. Each checkpoint is scored by how it ranks their positives; the best one is the
     result of `train`. 0: the last one is."""
+    data: str | None = None
+    """Folder of local tasks, as `evaluate --data` takes, to score checkpoints on; their mean chooses the best one,
+    whatever the held-out rows say. Development data: what is chosen on is no longer a test."""
     batch_tokens: int | None = Field(default=None, ge=16)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether checkpoints are scored at all."""
+        return self.rows > 0 or self.data is not None
 
 
 class MlflowConfig(Section):
@@ -329,10 +339,16 @@ class EvaluationConfig(Section):
 
     tasks: tuple[str, ...] = ()
     """MTEB task names from the Hub."""
+    benchmark: str | None = None
+    """Name of an MTEB benchmark, e.g. `MTEB(eng, v2)`."""
     data: str | None = None
     """Folder of local tasks."""
     batch_tokens: int | None = Field(default=None, ge=16)
     """Padded tokens per forward. None: what suits the device."""
+    retries: int = Field(default=0, ge=0)
+    """How often a task that fails is tried again."""
+    cache_gb: float = Field(default=8.0, ge=0)
+    """Vectors kept on each node's disk for later runs, at most. 0: none are."""
 
 
 class Recipe(Section):

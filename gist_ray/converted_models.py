@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -51,8 +52,15 @@ def cache_folder() -> Path:
 
 
 def _make(model: str | Path, folder: Path) -> None:
-    """Write it beside, then by rename, so that what is there is whole."""
+    """Write it beside, then by rename, so that what is there is whole. Of processes that start together, one does."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.parent.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the kernel, however this process ends
+        if not (folder / _MODEL).is_file():
+            _write(model, folder)
+
+
+def _write(model: str | Path, folder: Path) -> None:
     encoder = Encoder.load(model)
     needed = 5 * sum(parameter.numel() for parameter in encoder.model.parameters())  # fp32, and room for others
     if (free := shutil.disk_usage(folder.parent).free) < needed:  # OpenVINO does not tell of a disk that fills up

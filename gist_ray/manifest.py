@@ -78,12 +78,17 @@ def write_manifest(directory: Path, kind: str, fingerprint: dict[str, Any], **fa
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    """Write JSON as `write_whole`."""
     # A lone surrogate (a file name that is not UTF-8, say) is written as its JSON escape, and read back as it was.
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        json.dump(value, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(file, text.encode("utf-8", "backslashreplace"))
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -16,6 +15,7 @@ from gist_ray.config import Recipe
 from gist_ray.data.shards import Shards
 from gist_ray.encoder import Encoder, TokenIds, fingerprint
 from gist_ray.errors import InputError
+from gist_ray.evaluation.report import read_report
 from gist_ray.int8 import CALIBRATION_TEXTS, MAX_GATE_TEXTS, PROVENANCE, quantize
 from gist_ray.manifest import digest_files, digest_of, finished, read_manifest, write_json, write_manifest
 from gist_ray.metrics import METRICS
@@ -206,5 +206,5 @@ def _scores(report: Path) -> list[dict[str, Any]]:
     manifest = read_manifest(report)
     if manifest is None or manifest.get("kind") != "report":
         raise InputError(f"{report} is not a finished report; give the folder that `gist-ray evaluate` printed")
-    tasks: list[dict[str, Any]] = json.loads((report / "report.json").read_text(encoding="utf-8"))["tasks"]
-    return tasks
+    scores: list[dict[str, Any]] = read_report(report)["tasks"]
+    return scores

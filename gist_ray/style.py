@@ -40,6 +40,8 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--text); font: 12px system-ui, sans-serif; }
 svg .soft { fill: var(--soft); } svg .up { fill: var(--up); } svg .down { fill: var(--down); }
 svg .before { fill: var(--before); } svg .after { fill: var(--after); } svg .grid { stroke: var(--line); }
+svg .category { font-weight: 600; } svg .span { stroke-width: 3; stroke-opacity: .55; }
+svg .span.up { stroke: var(--up); } svg .span.down { stroke: var(--down); } svg .span.soft { stroke: var(--soft); }
 svg .mark { stroke: var(--down); stroke-dasharray: 4 3; }
 svg .faint { stroke: var(--after); stroke-opacity: .3; } svg .curve { stroke: var(--after); stroke-width: 2; }
 svg .over { fill-opacity: .6; } svg polyline { fill: none; stroke-linejoin: round; }

@@ -24,8 +24,9 @@ from gist_ray.config import Recipe
 from gist_ray.data.prepare import prepare
 from gist_ray.encoder import load_model
 from gist_ray.errors import InputError
-from gist_ray.evaluation.compare import Interval, paired_bootstrap, paired_items
-from gist_ray.evaluation.run import evaluate, ndcg_at_10_per_query
+from gist_ray.evaluation.paired import difference
+from gist_ray.evaluation.run import evaluate
+from gist_ray.evaluation.store import stored_items
 from gist_ray.manifest import finished, read_manifest, write_json, write_manifest
 from gist_ray.metrics import METRICS, read_metrics
 from gist_ray.model_folder import export
@@ -90,10 +91,10 @@ def quickstart(out: str | Path = "gist-ray-quickstart", *, say: Say = lambda lin
         tasks = out / "data" / "evaluation"
         before = evaluate(before_model, output_dir=out / "report-before", data=tasks, cluster=recipe.cluster)
         after = evaluate(model, output_dir=out / "report-after", data=tasks, cluster=recipe.cluster, baseline=before)
-        gain = _gain(before, after, tasks / _TASK)
+        gain = _gain(before, after)
         say(
             f"      nDCG@10 {gain.before:.4f} -> {gain.after:.4f}, "
-            f"95 % interval of the gain [{gain.interval.low:+.4f}, {gain.interval.high:+.4f}]"
+            f"95 % interval of the gain [{gain.low:+.4f}, {gain.high:+.4f}]"
         )
         say("[5/6] serve: Ray Serve on this machine, three questions over HTTP")
         held_out = [verse.ylt for verse in verses if verse.verse_id // 1000 in _EXAMPLE_CHAPTERS]
@@ -111,7 +112,9 @@ class Gain:
 
     before: float
     after: float
-    interval: Interval
+    low: float
+    high: float
+    """95 % interval of the gain."""
     queries: int
 
 
@@ -188,7 +191,7 @@ def write_report(out: Path, recipe: Recipe, gain: Gain, answers: list[tuple[str,
     shards = read_manifest(recipe.shards_dir())
     assert shards is not None, "prepare returned finished shards"
     metrics = read_metrics(out / METRICS)
-    interval = [gain.interval.low, gain.interval.high]
+    interval = [gain.low, gain.high]
     facts = {
         "metrics": {"ndcg_at_10": {"before": gain.before, "after": gain.after, "ci95": interval}},
         "queries": gain.queries,
@@ -257,15 +260,12 @@ def _student_before(recipe: Recipe, folder: Path) -> Path:
     return folder
 
 
-def _gain(before: Path, after: Path, task: Path) -> Gain:
-    scores = [ndcg_at_10_per_query(folder, task) for folder in (before, after)]
-    paired_before, paired_after = paired_items(*scores)
-    return Gain(
-        before=float(np.mean(paired_before)),
-        after=float(np.mean(paired_after)),
-        interval=paired_bootstrap(paired_before, paired_after, seed=_SEED),
-        queries=len(paired_before),
-    )
+def _gain(before: Path, after: Path) -> Gain:
+    first, second = (stored_items(folder, _TASK) for folder in (before, after))
+    assert first is not None and second is not None, "both reports are of this task, whose queries are items"
+    low, high = difference(first, second, seed=_SEED).interval()
+    means = [float(items.groups[0].values.mean()) for items in (first, second)]
+    return Gain(before=means[0], after=means[1], low=low, high=high, queries=len(first.groups[0].values))
 
 
 def _ask(endpoint: Endpoint, verses: list[str]) -> list[tuple[str, float]]:

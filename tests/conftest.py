@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("RAY_metrics_report_interval_ms", "3000")  # instead of 10 s, for tests that wait
+# Ray reads its mode when it is imported, which any test may do before one of ours starts; without a token here, test
+# processes that start together would each write one to the same file in the user's home.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

@@ -58,7 +58,7 @@ def test_the_shipped_command_is_installed():
         check=True,
         env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
     )
-    for verb in ("quickstart", "mine", "check", "prepare", "train", "export", "evaluate", "embed", "serve"):
+    for verb in ("quickstart", "mine", "check", "prepare", "train", "export", "evaluate", "compare", "embed", "serve"):
         assert verb in run.stdout
 
 
@@ -103,6 +103,8 @@ BAD_INPUT = [
     (["embed", "{model}", "{dir}/wrong.jsonl", "--set", "sorce.max_rows=1"], "did you mean `source`"),
     (["embed", "{model}", "hf://no/such"], "needs `revision: <commit>`"),
     (["evaluate", "{model}"], "nothing to evaluate on"),
+    (["evaluate", "{model}", "--benchmark", "MTEB(en)"], "no benchmark 'MTEB(en)' not found. Did you mean"),
+    (["compare", "{dir}", "{dir}"], "is no report: report.json cannot be read"),
     (["evaluate", "{model}", "--recipe", "{recipe}", "--set", "evaluation.data={dir}/none"], "none does not exist"),
     (
         [

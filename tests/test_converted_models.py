@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +40,20 @@ def test_it_is_converted_once(cache: Path, tiny_model: Path, tmp_path: Path, mon
     np.testing.assert_array_equal(embedded(elsewhere), embedded(tiny_model))
     np.testing.assert_allclose(embedded(elsewhere), expected, atol=1e-5)
     assert list(cache.iterdir()) == [folder]
+
+
+def test_of_those_that_start_together_one_converts(cache: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    times, real = [], kept.converted
+
+    def slow(encoder: Encoder) -> object:
+        times.append(1)
+        time.sleep(0.5)
+        return real(encoder)
+
+    monkeypatch.setattr(kept, "converted", slow)
+    with ThreadPoolExecutor(3) as replicas:
+        files = list(replicas.map(converted_file, [tiny_model] * 3))
+    assert len(set(files)) == 1 and files[0].is_file() and len(times) == 1
 
 
 def test_other_weights_or_pooling_are_another_model(cache: Path, tiny_model: Path, tmp_path: Path):

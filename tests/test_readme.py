@@ -29,7 +29,7 @@ def test_every_command_parses():
     while found := re.findall(inner, text):
         commands += found
         text = re.sub(inner, "PATH", text)
-    verbs = "quickstart|mine|check|prepare|train|export|evaluate|embed|serve"
+    verbs = "quickstart|mine|check|prepare|train|export|evaluate|compare|embed|serve"
     commands += re.findall(rf"gist-ray (?:{verbs})[^`|\n&)]*", text)
     assert len(commands) >= 10
     for command in commands:

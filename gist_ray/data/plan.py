@@ -120,17 +120,6 @@ class Planner:
         return _order(window, length | generator.integers(256, size=total, dtype=np.uint16))
 
 
-def worker_texts(texts: Rows, lengths: Rows, rank: int, world_size: int) -> Rows:
-    """The texts of a global batch that one worker embeds, of distinct `texts [n]` with `lengths [n]` tokens.
-
-    They are dealt longest first, one each in turn: workers get equal counts (to one), equal tokens to the length of the
-    longest, and as good as equal lengths, so that their chunks have the little padding that those of one would have.
-    """
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    own: Rows = texts[np.sort(order[rank::world_size])]
-    return own
-
-
 @dataclass(frozen=True)
 class _Pairs:
     """Which showings hold which text, for texts that more than one showing of a task holds.

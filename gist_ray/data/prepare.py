@@ -24,7 +24,7 @@ from gist_ray.config import Recipe
 from gist_ray.data.embedders import EmbedderPool, guide_fingerprint
 from gist_ray.data.files import shown
 from gist_ray.data.numbering import Numbered, masked_shares, number_all
-from gist_ray.data.report import write_data_report
+from gist_ray.data.report import DATA_REPORT_PAGE, write_data_report
 from gist_ray.data.shards import KIND
 from gist_ray.data.sources import Unit, content_digest, find_units
 from gist_ray.data.staging import Staged, added_rejects, stage_all
@@ -160,3 +160,4 @@ def _report(
         masked=masked,
         facts=shown | models | {"filters": recipe.data.filters.model_dump()},
     )
+    log.info("prepare: what the data are like in %s", out / DATA_REPORT_PAGE)

@@ -15,7 +15,7 @@ from gist_ray import html
 from gist_ray.data.sketch import SKETCH_HASHES
 from gist_ray.data.statistics import GUIDE_BINS, Statistics, TaskStatistics
 from gist_ray.errors import InputError
-from gist_ray.manifest import write_json
+from gist_ray.manifest import write_json, write_whole
 
 DATA_REPORT = "data_report.json"
 DATA_REPORT_PAGE = "data_report.html"
@@ -99,10 +99,7 @@ def write_data_report(
     # Rejected rows may name their task with half a surrogate pair, which UTF-8 cannot hold.
     report = json.loads(json.dumps(report, ensure_ascii=False).encode("utf-8", "replace"))
     write_json(folder / DATA_REPORT, report)
-    page = folder / DATA_REPORT_PAGE
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(_page(report), encoding="utf-8")
-    temporary.replace(page)
+    write_whole(folder / DATA_REPORT_PAGE, _page(report).encode())
 
 
 def read_data_report(folder: Path) -> dict[str, Any]:

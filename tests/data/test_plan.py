@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gist_ray.data.plan import Planner, worker_texts
+from gist_ray.data.plan import Planner
 from gist_ray.data.shards import Triplets
 
 TEXTS = 31  # few, so that rows share texts often
@@ -309,21 +309,6 @@ def test_memory_is_bounded_per_row():
     finally:
         tracemalloc.stop()
     assert peak / rows < 250
-
-
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 5))
-def test_workers_share_a_batch_evenly(lengths: list[int], world_size: int):
-    batch = np.arange(len(lengths)) * 7
-    parts = [worker_texts(batch, np.array(lengths), rank, world_size) for rank in range(world_size)]
-    assert sorted(np.concatenate(parts)) == batch.tolist()
-    counts = [len(part) for part in parts]
-    assert max(counts) - min(counts) <= 1
-    tokens = [sum(lengths[i // 7] for i in part) for part in parts]
-    assert max(tokens) - min(tokens) <= max(lengths)
-    # Place by place in order of length, workers have texts that are as long as those of their neighbours in the batch.
-    dealt = [sorted((lengths[i // 7] for i in part), reverse=True) for part in parts]
-    whole = sorted(lengths, reverse=True)
-    assert all(own == whole[rank::world_size] for rank, own in enumerate(dealt))
 
 
 def test_negatives_of_rows():
