@@ -18,7 +18,12 @@ os.environ.setdefault("RAY_metrics_report_interval_ms", "3000")  # instead of 10
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+LONGEST_FILES = ("test_three_hosts.py", "test_tour.py", "test_train_killed.py")
 SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
 
 
 @pytest.fixture(scope="session")

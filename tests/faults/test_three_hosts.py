@@ -164,7 +164,9 @@ def served(cluster: Hosts, road: Path) -> None:
 def test_the_results_are_those_of_one_machine(road: Path, single: Path):
     assert digests(road / "run/shards") == digests(single / "run/shards")
     assert np.abs(np.subtract(losses(road), losses(single))).max() < 1e-5
-    assert scores(road / "report") == scores(single / "report")
+    # Not to the last bit: what an actor has embedded for one task is not embedded again for another, so a text's batch
+    # depends on who was first, and a sum in fp32 depends on its batch. One text of 30,000 changed its class once.
+    assert scores(road / "report") == pytest.approx(scores(single / "report"), abs=1e-4)
     tasks = {task["name"]: task for task in json.loads((road / "report/report.json").read_text())["tasks"]}
     asked, trained_on = tasks["Verses"]["trained_on"]["documents"]  # half of the verses are in the triplets
     assert 0.4 < trained_on / asked < 0.6

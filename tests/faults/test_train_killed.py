@@ -161,11 +161,11 @@ def test_a_killed_raylet_ends_the_run_and_it_can_be_resumed(undisturbed, tiny_mo
 
 def test_two_one_two_workers_see_the_same_rows_in_the_same_order(tiny_model: Path, verse_rows, tmp_path: Path):
     """Without dropout, which depends on the worker, the losses agree too."""
-    straight = write_recipe(tmp_path, tiny_model, verse_rows, "straight", dropout=0.0, epochs=5)
+    straight = write_recipe(tmp_path, tiny_model, verse_rows, "straight", dropout=0.0, epochs=3)
     finish(straight)
-    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "changing", dropout=0.0, epochs=5)
+    recipe = write_recipe(tmp_path, tiny_model, verse_rows, "changing", dropout=0.0, epochs=3)
     metrics = tmp_path / "changing" / "metrics.jsonl"
-    for workers, step in ((2, 23), (1, 103)):
+    for workers, step in ((2, 23), (1, 73)):
         options = ["--resume"] if workers == 1 else []
         process = start(recipe, *options, "--set", f"cluster.num_workers={workers}")
         wait_for_step(metrics, step, process)

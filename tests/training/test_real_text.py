@@ -23,17 +23,17 @@ def test_three_layers_learn_from_esnli(minilm: Path, shared: Path, tmp_path: Pat
         {
             "name": "esnli",
             "output_dir": str(tmp_path),
-            "data": {"sources": [{"path": str(shared / "data/train/esnli.parquet"), "max_rows": 4000}]},
+            "data": {"sources": [{"path": str(shared / "data/train/esnli.parquet"), "max_rows": 2000}]},
             "student": {"path": str(minilm), "layers": [0, 2, 4], "max_tokens": 64},
             "guide": {"path": str(minilm), "max_tokens": 128},
-            "train": {"batch_size": 128, "learning_rate": 2e-4, "zero_stage": 1},
+            "train": {"batch_size": 64, "learning_rate": 2e-4, "zero_stage": 1},
             "loss": {"temperature": 0.05},
             "cluster": {"num_workers": 2},
         }
     )
     checkpoint = train(recipe)
     losses = [line["loss"] for line in read_metrics(recipe.run_dir() / "metrics.jsonl")]
-    assert len(losses) >= 4000 // 128 and np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert len(losses) >= 2000 // 64 and np.mean(losses[-5:]) < np.mean(losses[:5])
 
     tasks = tmp_path / "tasks"
     shutil.copytree(shared / "data/eval/STSBenchmark", tasks / "STSBenchmark")
