@@ -129,12 +129,13 @@ class StudentConfig(ModelConfig):
     """The encoder that is trained."""
 
     layers: tuple[int, ...] | None = None
-    """Keep only these transformer layers (0-based) of the loaded model, in this order."""
+    """Keep only these transformer layers (0-based) of the loaded model, in this order. `[]` keeps none: a text is then
+    the mean of its word vectors (and of their positions'), the cheapest encoder there is."""
 
     @field_validator("layers")
     @classmethod
     def _layers_ascend(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and (not layers or list(layers) != sorted(set(layers)) or layers[0] < 0):
+        if layers and (list(layers) != sorted(set(layers)) or layers[0] < 0):
             raise ValueError(f"layers {list(layers)} must be distinct, ascending and not negative, e.g. [0, 2, 4]")
         return layers
 

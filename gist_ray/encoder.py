@@ -308,7 +308,7 @@ def _keep_layers(model: Any, layers: Sequence[int], name: str) -> None:
             break
     else:
         raise InputError(f"student.layers is not supported for {name}: no known list of layers in its architecture")
-    if layers[-1] >= len(stack):
+    if layers and layers[-1] >= len(stack):
         raise InputError(f"student.layers {list(layers)}: {name} has layers 0 to {len(stack) - 1}")
     setattr(owner, leaf, torch.nn.ModuleList([stack[i] for i in layers]))
     model.config.num_hidden_layers = len(layers)

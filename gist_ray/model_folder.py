@@ -136,7 +136,7 @@ def model_card(name: str, provenance: dict[str, Any]) -> str:
     scores = "\n".join(f"| {s['name']} | {s['type']} | {s['score']:.4f} |" for s in provenance["scores"])
     int8 = _int8_section(provenance["int8"]) if "int8" in provenance else ""
     table = f"\n## Scores\n\n| task | type | score |\n|---|---|---|\n{scores}\n" if scores else ""
-    layers = f", layers {student['layers']}" if student["layers"] else ""
+    layers = f", layers {student['layers']}" if student["layers"] is not None else ""
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity

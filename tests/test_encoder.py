@@ -89,9 +89,10 @@ def test_pooling_ignores_padding():
     assert pool(hidden, mask, "mean").item() == 2 and pool(hidden, mask, "cls").item() == 1
 
 
-def test_keeping_layers(minilm: Path, tmp_path: Path):
-    cut = Encoder.load(minilm, layers=[0, 2, 4])
-    assert cut.model.config.num_hidden_layers == 3
+@pytest.mark.parametrize("layers", [[0, 2, 4], []])
+def test_keeping_layers(layers: list[int], minilm: Path, tmp_path: Path):
+    cut = Encoder.load(minilm, layers=layers)
+    assert cut.model.config.num_hidden_layers == len(layers)
     loaded = Encoder.load(cut.save(tmp_path / "cut"))
     np.testing.assert_array_equal(loaded.encode(TEXTS), cut.encode(TEXTS))
     with pytest.raises(InputError, match="layers 0 to 5"):

@@ -20,13 +20,15 @@ def encoder(tiny_model: Path) -> Encoder:
     return Encoder.load(tiny_model)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_vectors_are_the_encoders_whatever_the_batch(encoder: Encoder, pooling: str, tmp_path: Path):
-    pooled = dataclasses.replace(encoder, pooling=pooling)
-    model, tokens = OpenVinoModel(converted(pooled), pooled, threads=1), encoder.tokenize(TEXTS)
+@pytest.mark.parametrize(("pooling", "layers"), [("mean", None), ("cls", None), ("mean", [])])
+def test_vectors_are_the_encoders_whatever_the_batch(
+    pooling: str, layers: list[int] | None, tiny_model: Path, tmp_path: Path
+):
+    pooled = dataclasses.replace(Encoder.load(tiny_model, layers=layers), pooling=pooling)
+    model, tokens = OpenVinoModel(converted(pooled), pooled, threads=1), pooled.tokenize(TEXTS)
     expected = pooled.encode(TEXTS)
     together = model.embed(tokens)
-    assert together.dtype == np.float32 and model.dim == encoder.dim
+    assert together.dtype == np.float32 and model.dim == pooled.dim
     assert np.abs(together - expected).max() < 1e-5
     alone = np.concatenate([model.embed([row]).copy() for row in tokens])
     assert np.abs(alone - expected).max() < 1e-5

@@ -157,6 +157,12 @@ def test_workers_memory_chunks_and_dropout_change_nothing(recipe: Recipe):
     assert recomputed[0] == 0 < recomputed[2] < recomputed[1] == runs[1][0][3][0].padded_tokens
 
 
+def test_a_student_without_layers(recipe: Recipe):
+    static = recipe.model_copy(update={"student": recipe.student.model_copy(update={"layers": ()})})
+    runs = {n: over_workers(on_workers(n, gradients, static, BATCH, LIVELY_CASES)) for n in (1, 2)}
+    assert_same(runs[1], runs[2], 1e-9)
+
+
 def test_fewer_rows_than_workers(recipe: Recipe):
     quiet = with_train(recipe, dropout=0.0)
     one, three = (on_workers(n, gradients, quiet, BATCH[:2], [{}]) for n in (1, 3))
