@@ -26,9 +26,8 @@ def _check_no_password(path: str | None) -> None:
 
 
 Role = Literal["query", "pos", "neg"]
-_COLUMNS = frozenset(
-    ("query", "pos", "neg", "task_name", "query_instruct", "pos_instruct", "neg_instruct", "text", "label")
-)
+_TRIPLET_COLUMNS = ("query", "pos", "neg", "task_name", "query_instruct", "pos_instruct", "neg_instruct", "query_label")
+_COLUMNS = frozenset((*_TRIPLET_COLUMNS, "text", "label"))
 
 
 class SourceConfig(Section):
@@ -166,6 +165,8 @@ class LossConfig(Section):
     collapse: sentence-transformers #3662); or nobody's, so that only identical texts are hidden."""
     margin: float = Field(default=0.0, ge=-1, le=1)  # hidden: guide(candidate) > guide(query, positive) - margin
     margin_kind: Literal["absolute", "relative"] = "absolute"
+    hide_same_label: bool = True
+    """Hide candidates that are known to bear the query's label: triplets of `mine` say it in `query_label`."""
     contrast_queries: bool = True
     contrast_positives: bool = True
     matryoshka_dims: tuple[int, ...] = ()

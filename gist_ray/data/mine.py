@@ -28,7 +28,7 @@ from gist_ray.cluster import connected
 from gist_ray.config import DataConfig
 from gist_ray.data.embedders import EmbedderPool, actors_that_fit, guide_fingerprint
 from gist_ray.data.files import shown
-from gist_ray.data.miners import QUERIES_PER_TILE, PartMiner
+from gist_ray.data.miners import LABELS, QUERIES_PER_TILE, PartMiner
 from gist_ray.data.mining import Hashes, Ids, LabelIndex, PairIndex, cut
 from gist_ray.data.sources import Labelled, Reject, Unit, columns_of, content_digest, find_units, read_labelled
 from gist_ray.data.staging import (
@@ -52,7 +52,7 @@ from gist_ray.mine_config import MineConfig
 log = logging.getLogger(__name__)
 
 KIND = "triplets"
-_VERSION = 1  # rises when the same input makes other triplets
+_VERSION = 2  # rises when the same input makes other triplets
 _WORK = ".work"  # hidden: a run that reads this folder as a source must not take it for data
 _PARTS = 32  # about so many files, so that workers have equal shares; larger data have larger files, up to
 _TILES_PER_PART = 64
@@ -260,6 +260,7 @@ def _index_labels(work: Path, pieces: list[str]) -> tuple[list[str], dict[str, A
     task = np.array([codes[json.loads(name)[0]] for name in names], dtype=np.int64)
     index = LabelIndex.of(rank[np.concatenate(labels)], np.concatenate(texts), task)
     _save(work, index, cut(task[index.label], QUERIES_PER_TILE), label_hash=_hashes(map(text_key, names)))
+    write_json(work / "index" / LABELS, [json.loads(name)[1] for name in names])
     return tasks, {
         "labels": len(names),
         "labels_with_one_text": int((np.diff(index.label_starts) == 1).sum()),

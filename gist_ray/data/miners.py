@@ -37,6 +37,7 @@ QUERIES_PER_TILE = 1_024
 _CANDIDATES_PER_TILE = 8_192  # with 1,024 queries 32 MB of similarities
 _QUERIES_PER_RESCORING = 64
 _SPARE = 16  # found beyond `top_k`, so that fp32 rounding and ties do not decide who is the last of them
+LABELS = "labels.json"  # names of the labels by number, in the index
 _INSTRUCTIONS = ("query_instruct", "pos_instruct", "neg_instruct")
 _POSITIVE, _NEGATIVE = 1, 2  # what a hash is drawn for
 
@@ -54,6 +55,8 @@ class Mined:
     negatives: Ids
     """`[n, num_negatives]`, NONE where there are fewer."""
     task: Ids
+    label: Ids
+    """Number of the label that query and positive bear, NONE for pairs."""
     removed: int
     """Candidates that the margin took away."""
 
@@ -142,7 +145,7 @@ class LabelMiner(_Search):
         else:
             draws = np.arange(self._config.num_negatives, dtype=np.uint64)
             negatives = self._index.others(label, uniforms(mixed(mixed(stream, _NEGATIVE)[:, None], draws)))
-        return Mined(query, positive, negatives, self._index.label_task[label], removed)
+        return Mined(query, positive, negatives, self._index.label_task[label], label, removed)
 
     def _same_label(self, first: int, stop: int) -> tuple[Cosines, Ids]:
         index = self._index
@@ -194,7 +197,8 @@ class PairMiner(_Search):
         positive_cosine = self._cosines(query, positive[:, None])[:, 0]
         stream = self._stream(self._text_hash[query], self._text_hash[positive])
         negatives, removed = self._hard(cosine[of], found[of], positive_cosine, stream)
-        return Mined(query, positive, negatives, index.task[first:stop], removed)
+        no_label = np.full(len(query), NONE)
+        return Mined(query, positive, negatives, index.task[first:stop], no_label, removed)
 
     def _candidates(self, query: Ids, task: int) -> tuple[Cosines, Ids]:
         index = self._index
@@ -216,10 +220,12 @@ class PartMiner:
         torch.set_num_threads(config.cluster.data_threads)
         self._config, self._tasks, self._work, self._output = config, tasks, work, output
         self._table = TextTable(work / "texts")
+        self._labels: list[str] = []
         device = "cuda" if config.cluster.gpus_per_worker else "cpu"
         self._miner: LabelMiner | PairMiner
         if kind == "labels":
             index = LabelIndex(**self._arrays(LabelIndex))
+            self._labels = json.loads((work / "index" / LABELS).read_text(encoding="utf-8"))
             hashes = self._array("text_hash"), self._array("label_hash")
             self._miner = LabelMiner(config, self._table, hashes[0], index, hashes[1], device)
         else:
@@ -272,7 +278,8 @@ class PartMiner:
             ("pos", pa.string()),
             ("neg", pa.list_(pa.string()) if several else pa.string()),
         ]
-        return pa.schema([*columns, ("task_name", pa.string()), *((name, pa.string()) for name in _INSTRUCTIONS)])
+        more = ("task_name", *_INSTRUCTIONS, "query_label")
+        return pa.schema([*columns, *((name, pa.string()) for name in more)])
 
     def _rows(self, mined: Mined) -> Any:
         import pyarrow as pa
@@ -286,6 +293,7 @@ class PartMiner:
             negatives if self._config.num_negatives > 1 else [row and row[0] for row in negatives],
             [self._tasks[task] for task in mined.task.tolist()],
             *([""] * len(mined.query) for _ in _INSTRUCTIONS),
+            [None if label == NONE else self._labels[label] for label in mined.label.tolist()],
         ]
         return pa.Table.from_arrays(
             [pa.array(c, f.type) for c, f in zip(columns, self._schema(), strict=True)], schema=self._schema()

@@ -201,7 +201,8 @@ def _measured(met: _Met, rows: Any, tasks: list[str], max_tokens: int) -> tuple[
         text=text,
     )
     source = rows["source"].to_numpy().astype(np.int64)
-    return measured, Triplets(met.ids[query], met.ids[positive], starts, met.ids[negative], task, source)
+    label = rows["label"].to_numpy()
+    return measured, Triplets(met.ids[query], met.ids[positive], starts, met.ids[negative], task, source, label)
 
 
 def _rows_of(out: Path, rows: Ids, starts: Ids) -> Triplets:

@@ -34,7 +34,7 @@ from gist_ray.manifest import digest_of, finished, write_json, write_manifest
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # rises when the same input makes other shards: a run must not continue what an older one began
+_VERSION = 2  # rises when the same input makes other shards: a run must not continue what an older one began
 _LIMIT_SHOWN = 3
 
 

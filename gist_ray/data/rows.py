@@ -24,6 +24,8 @@ class Triplet:
     positive: str
     negatives: tuple[str, ...]
     task: str
+    label: str | None = None
+    """What query and positive are both known to be: other texts of that label in the same task are no negatives."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,19 @@ class TripletParser(_Parser):
         self._columns = {role: their_columns(source, role) for role in ROLES}
         self._instruct = {role: their_columns(source, f"{role}_instruct")[0] for role in data.instructions}
         self._query, self._pos = self._columns["query"][0], self._columns["pos"][0]
+        self._label = their_columns(source, "query_label")[0]
         self._plain_neg = None if len(self._columns["neg"]) > 1 or self._instruct else self._columns["neg"][0]
 
     def _parse(self, row: dict[str, Any], task: str) -> Triplet | str:
+        found, label = self._unlabelled(row, task), row.get(self._label)
+        if isinstance(found, str) or _is_missing(label):
+            return found
+        name = _as_name(label)
+        if name is None:
+            return f"query_label is neither a string nor a whole number ({type(label).__name__})"
+        return self._problem(name, "query_label") or replace(found, label=name)
+
+    def _unlabelled(self, row: dict[str, Any], task: str) -> Triplet | str:
         query, positive = row.get(self._query), row.get(self._pos)
         if self._plain_neg and type(query) is str and type(positive) is str:
             neg = row.get(self._plain_neg)

@@ -21,6 +21,7 @@ from gist_ray.errors import InputError
 from gist_ray.manifest import read_manifest
 
 KIND = "shards"
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Triplets:
     task: npt.NDArray[np.int64]
     source: npt.NDArray[np.int64]
     """Number of the recipe's source that the row came from."""
+    label: npt.NDArray[np.int64]
+    """Number of the label that query and positive bear, NO_LABEL where the source says none."""
 
     def __len__(self) -> int:
         return len(self.query)
@@ -56,6 +59,7 @@ class Triplets:
             negatives=self.negatives_of(rows),
             task=self.task[rows],
             source=self.source[rows],
+            label=self.label[rows],
         )
 
     def texts_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -94,6 +98,24 @@ class Shards:
         """All rows, in source order."""
         return joined_triplets([read_triplets(file) for file in sorted((self.directory / "triplets").glob("*.arrow"))])
 
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """Label of each text, `[texts]`; None where no row says any."""
+        return text_labels(self.triplets, self.texts.num_texts)
+
+
+def text_labels(triplets: Triplets, num_texts: int) -> npt.NDArray[np.int64] | None:
+    """Label of each text, `[num_texts]`, NO_LABEL where rows say none or several; None where no row says any."""
+    rows = np.flatnonzero(triplets.label != NO_LABEL)
+    if not len(rows):
+        return None
+    texts = np.concatenate([triplets.query[rows], triplets.positive[rows]])
+    said = np.tile(triplets.label[rows], 2)
+    labels = np.full(num_texts, NO_LABEL)
+    labels[texts] = said
+    labels[texts[labels[texts] != said]] = NO_LABEL
+    return labels
+
 
 def read_triplets(file: Path) -> Triplets:
     """One part of `triplets/`."""
@@ -109,6 +131,7 @@ def read_triplets(file: Path) -> Triplets:
         negatives=ids(part["negatives"].values),
         task=ids(part["task"]),
         source=ids(part["source"]),
+        label=ids(part["label"]),
     )
 
 
@@ -117,7 +140,7 @@ def joined_triplets(parts: Sequence[Triplets]) -> Triplets:
     counts = [np.diff(part.negative_starts) for part in parts]
     columns = {
         name: np.concatenate([np.zeros(0, np.int64), *(getattr(part, name) for part in parts)])
-        for name in ("query", "positive", "negatives", "task", "source")
+        for name in ("query", "positive", "negatives", "task", "source", "label")
     }
     starts = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
     return Triplets(**columns, negative_starts=starts)
@@ -135,6 +158,7 @@ def write_triplets(file: Path, triplets: Triplets) -> None:
             "negatives": pa.LargeListArray.from_arrays(triplets.negative_starts, pa.array(triplets.negatives, ids)),
             "task": pa.array(triplets.task, pa.uint32()),
             "source": pa.array(triplets.source, pa.uint16()),
+            "label": pa.array(triplets.label, pa.int64()),
         },
     )
 

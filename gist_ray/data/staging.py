@@ -16,8 +16,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from gist_ray.config import DataConfig
+from gist_ray.data.shards import NO_LABEL
 from gist_ray.data.sources import Reject, Triplet, Unit, read_unit
-from gist_ray.data.texts import Piece, write_arrow
+from gist_ray.data.texts import Piece, text_key, write_arrow
 from gist_ray.errors import InputError
 from gist_ray.manifest import write_json
 
@@ -203,6 +204,7 @@ class _RowsPiece:
         self._negatives: list[int] = []
         self._negative_starts: list[int] = [0]
         self._task: list[int] = []
+        self._label: list[int] = []
         self._place: list[int] = []
         self._source = source
 
@@ -215,6 +217,7 @@ class _RowsPiece:
         self._negatives += map(number, row.negatives)
         self._negative_starts.append(len(self._negatives))
         self._task.append(self.tasks.setdefault(row.task, len(self.tasks)))
+        self._label.append(NO_LABEL if row.label is None else label_number(row.task, row.label))
 
     def is_full(self) -> bool:
         """Whether a piece must end here."""
@@ -235,11 +238,17 @@ class _RowsPiece:
             "negatives": negatives,
             "task": pa.DictionaryArray.from_arrays(pa.array(self._task, pa.int32()), pa.array(list(self.tasks))),
             "source": pa.array(np.full(len(self.query), self._source), pa.uint16()),
+            "label": pa.array(self._label, pa.int64()),
             "row": pa.array(self._place, pa.uint64()),
         }
         write_arrow(stem.with_name(f"{stem.name}.rows"), rows)
         occurrences = 2 * len(self.query) + len(self._negatives)
         return {"rows": len(self.query), "texts": len(self.texts), "occurrences": occurrences}
+
+
+def label_number(task: str, label: str) -> int:
+    """Identity of a label of a task, from 0: 63 bits of a hash, the same wherever and whenever it is made."""
+    return int.from_bytes(text_key(json.dumps([task, label]))[:8], "big") >> 1
 
 
 def unit_of(stem: Path) -> int:

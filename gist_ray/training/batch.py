@@ -57,6 +57,9 @@ class WorkerBatch:
     """One text, for a forward that only keeps step with the other workers."""
     texts: Tensor
     """`[sum(counts)]` text ids."""
+    labels: Tensor | None
+    """`[sum(counts)]` label of each text, NO_LABEL where none is known; None where no text has one or the loss does not
+    ask."""
     guide: Tensor
     """`[sum(counts), guide_dim]` guide vectors, fp32; `guide_dim` 0 where the loss does not ask the guide."""
     query: Tensor
@@ -89,6 +92,7 @@ def make_batch(encoder: Encoder, shards: Shards, batch: Ids, recipe: Recipe, ran
 
     chunks = [_chunk(encoder, shards, number, ids) for number, ids in chunks_of[rank]]
     guided = recipe.loss.guide == "frozen"
+    labels = shards.labels if recipe.loss.hide_same_label else None
     return WorkerBatch(
         size=len(batch),
         rows_crc32=zlib.crc32(np.ascontiguousarray(batch).tobytes()),
@@ -97,6 +101,7 @@ def make_batch(encoder: Encoder, shards: Shards, batch: Ids, recipe: Recipe, ran
         shapes=[[(len(ids), int(lengths[ids].max())) for _, ids in own] for own in chunks_of],
         filler=_chunk(encoder, shards, sum(map(len, chunks_of)), texts[-1:]),
         texts=torch.from_numpy(texts),
+        labels=None if labels is None else torch.from_numpy(labels[texts]),
         guide=torch.from_numpy(shards.texts.guide(texts)) if guided else torch.zeros((len(texts), 0)),
         query=places(triplets.query[batch]),
         positive=places(triplets.positive[batch]),

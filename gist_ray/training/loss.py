@@ -23,10 +23,13 @@ class Candidates:
     """`[n, guide_dim]`, unit norm, fp32. Not read without a frozen guide: `[n, 0]` will do."""
     ids: Tensor
     """`[n]` text ids: equal ids mean equal texts."""
+    labels: Tensor | None = None
+    """`[n]` numbers of labels, below 0 where none is known; None where none is known at all."""
 
     def rows(self, index: Tensor) -> Candidates:
         """The texts at `index [m]`."""
-        return Candidates(self.student[index], self.guide[index], self.ids[index])
+        labels = None if self.labels is None else self.labels[index]
+        return Candidates(self.student[index], self.guide[index], self.ids[index], labels)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class RowLosses:
     hidden: Tensor
     """Candidates that the guide hid, over all rows. Scalar."""
     candidates: Tensor
-    """Candidates in all, identical texts not counted. Scalar."""
+    """Candidates in all, but for identical texts and the query's own label. Scalar."""
 
 
 def guided_contrastive_loss(
@@ -62,6 +65,8 @@ def guided_contrastive_loss(
 
     - a candidate whose *text* is q_i or p_i is hidden always, by id. This takes in the self-diagonals, which the others
       leave to rounding, and repeated texts, which a strict `>` can never hide;
+    - so is a candidate that bears q_i's label, where labels are known (supervised contrast, arXiv 2004.11362): the
+      guide knows what is similar, not what the labels tell apart;
     - the pair (q_i, p_i) itself stands apart from the candidates, so no margin can hide it;
     - a tie is no `>`, to rounding: texts with equal guide vectors fare alike on any number of workers;
     - logits and thresholds are fp32 or wider, whatever the model computes in.
@@ -91,6 +96,7 @@ def guided_contrastive_loss(
         own_rows=own_rows,
         guides=tuple(widened(vectors) for vectors in hiding),
         ids=tuple(texts.ids for texts in roles),
+        labels=tuple(texts.labels for texts in roles),
     )
     loss, hidden, candidates = TiledContrast.apply(  # type: ignore[no-untyped-call]  # torch's own
         constants, *(vectors for dim in dims for vectors in dim)

@@ -153,7 +153,8 @@ class Stepper:
 def batch_losses(everyone: Tensor, batch: WorkerBatch, loss: LossConfig) -> RowLosses:
     """Losses of this worker's rows, from the vectors of all texts of the global batch `[texts, dim]`."""
     device = everyone.device
-    pool = Candidates(everyone, batch.guide.to(device), batch.texts.to(device))
+    labels = None if batch.labels is None else batch.labels.to(device)
+    pool = Candidates(everyone, batch.guide.to(device), batch.texts.to(device), labels)
     query, positive, negative = (
         pool.rows(places.to(device)) for places in (batch.query, batch.positive, batch.negative)
     )

@@ -37,6 +37,8 @@ class Constants:
     """Of queries, positives, negatives, `[n, guide_dim]`. Not read where the configuration has no guide."""
     ids: tuple[Tensor, ...]
     """Likewise, `[n]`."""
+    labels: tuple[Tensor | None, ...]
+    """Likewise, below 0 where none is known; all None where none is known at all."""
 
     def blocks(self) -> list[tuple[int, int]]:
         """Roles of anchor and candidate of each block."""
@@ -100,6 +102,10 @@ class _Strip:
         self.anchors = [(q[rows], p[rows]) for q, p, _ in self.vectors]
         self.targets = [(q * p).sum(1, keepdim=True) / config.temperature for q, p in self.anchors]
         self.own_ids = [constants.ids[role][rows, None] for role in (_QUERY, _POSITIVE)]
+        labels = constants.labels[_QUERY]
+        if labels is not None:
+            label = labels[rows, None]
+            self.own_label = torch.where(label < 0, torch.iinfo(label.dtype).min, label)  # unknown: no candidate's
         if config.guide != "none":
             self.guides = [constants.guides[role][rows] for role in (_QUERY, _POSITIVE)]
             self.guide_target = (self.guides[_QUERY] * self.guides[_POSITIVE]).sum(1, keepdim=True)
@@ -113,6 +119,9 @@ class _Strip:
                 columns = slice(start, start + self.constants.tile)
                 masked = ids[columns] == self.own_ids[_QUERY]
                 masked |= ids[columns] == self.own_ids[_POSITIVE]
+                labels = self.constants.labels[role]
+                if labels is not None:
+                    masked |= labels[columns] == self.own_label
                 same, guide = masked, None
                 if self.config.guide != "none":
                     guide = self.guides[anchor] @ self.constants.guides[role][columns].T
@@ -140,7 +149,7 @@ class _Tile:
     columns: slice
     """Their places in the role."""
     same: Tensor
-    """Whether the candidate's text is the row's query or positive."""
+    """Whether the candidate's text is the row's query or positive, or its label the query's."""
     masked: Tensor
     """Whether it is that, or hidden."""
     guide: Tensor | None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gist_ray.config import Recipe
-from gist_ray.data.shards import Shards, Triplets
+from gist_ray.data.shards import NO_LABEL, Shards, Triplets
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.metrics import VALIDATIONS
@@ -128,7 +128,8 @@ def score(encoder: Encoder, shards: Shards, rows: Ids, batch_tokens: int | None 
     """Rank the positive of each of `rows` among all positives and negatives of these rows.
 
     A candidate of row (q, p) does not count, as in the loss, when the guide scores it strictly above guide(q, p), and
-    when it is known to be right: q itself, and any text that stands with q as a pair in some row, held out or not.
+    when it is known to be right: q itself, any text that stands with q as a pair in some row, held out or not, and any
+    that bears q's label.
     What is left and not below p counts as above it, not-a-numbers included: a student that gives all texts one vector
     is last everywhere.
 
@@ -144,18 +145,25 @@ def score(encoder: Encoder, shards: Shards, rows: Ids, batch_tokens: int | None 
         guide = torch.from_numpy(shards.texts.guide(texts))
         query, positive, places = (np.searchsorted(texts, ids) for ids in (held.query, held.positive, candidates))
         right = [np.searchsorted(texts, ids) for ids in _known_pairs(triplets, rows, texts)]
-        ranks, left = ranked(student, guide, query, positive, places, (right[0], right[1]))
+        labels = None if shards.labels is None else shards.labels[texts]
+        ranks, left = ranked(student, guide, query, positive, places, (right[0], right[1]), labels)
     return Score(ranks, left, held.task)
 
 
 def ranked(
-    student: Tensor, guide: Tensor, query: Ids, positive: Ids, candidates: Ids, known: tuple[Ids, Ids]
+    student: Tensor,
+    guide: Tensor,
+    query: Ids,
+    positive: Ids,
+    candidates: Ids,
+    known: tuple[Ids, Ids],
+    labels: Ids | None = None,
 ) -> tuple[Ids, Ids]:
     """Rank of each row's positive, and the candidates it is ranked among, both `[rows]`.
 
     `student [texts, dim]` and `guide [texts, guide_dim]` have rows of unit norm, which all else points to: `query` and
     `positive [rows]`, distinct ascending `candidates [n]`, and `known`, the pairs (query, right text) that never count,
-    ordered by query.
+    ordered by query. Nor do candidates count that bear the query's of the `labels [texts]`.
     """
     ranks, left = np.ones(len(query), dtype=np.int64), np.zeros(len(query), dtype=np.int64)
     for start in range(0, len(query), _TILE_ROWS):
@@ -170,6 +178,9 @@ def ranked(
             column = np.minimum(np.searchsorted(part, right), len(part) - 1)
             here = part[column] == right
             counts[row[here], column[here]] = False
+            if labels is not None:
+                own = np.where(labels[q] == NO_LABEL, NO_LABEL - 1, labels[q])
+                counts &= torch.from_numpy(own[:, None] != labels[part])
             left[tile] += counts.sum(1).numpy()
             counts &= ~(student[q] @ student[part].T < floor)  # not `>=`: it would rank a student of NaNs first
             ranks[tile] += counts.sum(1).numpy()

@@ -20,7 +20,7 @@ from gist_ray.recipe_file import parse_recipe, parsed_settings
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-COLUMNS = ["query", "pos", "neg", "task_name", "query_instruct", "pos_instruct", "neg_instruct"]
+COLUMNS = ["query", "pos", "neg", "task_name", "query_instruct", "pos_instruct", "neg_instruct", "query_label"]
 
 
 def settings(source: Path, model: Path, **sections: Any) -> MineConfig:
@@ -96,7 +96,8 @@ def check_labelled(rows: list[dict[str, Any]], labelled: list[dict[str, Any]]) -
         for negative in negatives:
             assert negative not in (row["query"], row["pos"])
             assert query - labels[row["task_name"], negative]
-        assert [row[name] for name in COLUMNS[4:]] == ["", "", ""]
+        assert [row[name] for name in COLUMNS[4:7]] == ["", "", ""]
+        assert row["query_label"] in map(str, query & pos)
 
 
 def test_labelled_texts_become_triplets_of_their_labels(mined: Path, labelled):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gist_ray.data.plan import Planner
-from gist_ray.data.shards import Triplets
+from gist_ray.data.shards import NO_LABEL, Triplets
 
 TEXTS = 31  # few, so that rows share texts often
 
@@ -21,6 +21,7 @@ def triplets_from(rows: list[tuple[int, int, list[int], int]]) -> Triplets:
         negatives=np.array([n for r in rows for n in r[2]], dtype=np.int64),
         task=np.array([r[3] for r in rows], dtype=np.int64),
         source=np.zeros(len(rows), dtype=np.int64),
+        label=np.full(len(rows), NO_LABEL),
     )
 
 
@@ -34,6 +35,7 @@ def columns(query, positive, negative=None, task=None) -> Triplets:
         negatives=np.asarray([] if negative is None else negative, dtype=np.int64),
         task=np.zeros(rows, dtype=np.int64) if task is None else np.asarray(task, dtype=np.int64),
         source=np.zeros(rows, dtype=np.int64),
+        label=np.full(rows, NO_LABEL),
     )
 
 

@@ -58,6 +58,18 @@ def test_bad_rows_are_rejected_with_their_reason(row, reason: str):
     assert parsed(row, task_name="mine").task == "mine"
 
 
+def test_the_label_of_a_triplet():
+    row = {"query": "q", "pos": "p", "neg": "n"}
+    assert parsed(row).label is None and parsed({**row, "query_label": " "}).label is None
+    assert parsed({**row, "label": "x"}).label is None  # which in a file of triplets may say anything
+    assert parsed({**row, "query_label": 7}) == Triplet("q", "p", ("n",), "default", "7")
+    assert parsed({**row, "query_label": "x"}, "neg").label == "x"
+    assert parsed({**row, "intent": "y"}, columns={"query_label": "intent"}).label == "y"
+    assert parsed({**row, "query_label": 0.5}).reason == "query_label is neither a string nor a whole number (float)"
+    assert parsed({**row, "query_label": "a\0"}).reason == "query_label contains a NUL character"
+    assert parsed({**row, "pos": "q", "query_label": "x"}).reason == "pos equals query"
+
+
 def test_what_a_reader_rejected_keeps_its_reason():
     unread = Reject("line is not valid JSON", "{")
     assert parsed(unread) == unread and parsed(unread, tasks="^t") == unread

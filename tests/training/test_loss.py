@@ -45,6 +45,14 @@ def paper_loss(student: dict[str, np.ndarray], guide: dict[str, np.ndarray], tem
     return np.array(losses)
 
 
+def may_be_negative(q: Candidates, p: Candidates, i: int, others: Candidates) -> Tensor:
+    """Which of `others` row i knows nothing of, but by the guide."""
+    kept = (others.ids != q.ids[i]) & (others.ids != p.ids[i])
+    if q.labels is not None and q.labels[i] >= 0:
+        kept &= others.labels != q.labels[i]
+    return kept
+
+
 def row_by_row(parts: list[Candidates], rows: Tensor, config: LossConfig) -> RowLosses:
     """Every option as its docstring says it, float64, one row and one dimension at a time, differentiable."""
     q, p, n = parts
@@ -72,7 +80,7 @@ def row_by_row(parts: list[Candidates], rows: Tensor, config: LossConfig) -> Row
                 threshold = target - config.margin * (abs(target) if config.margin_kind == "relative" else 1)
                 guide_logits = [target[None] / config.soft_label_temperature]
             for anchor, others in blocks:
-                kept = (others.ids != q.ids[i]) & (others.ids != p.ids[i])
+                kept = may_be_negative(q, p, i, others)
                 candidates_here += int(kept.sum())
                 if config.guide != "none":
                     similarity = guide_of(others) @ guide_of(anchor)[i]
@@ -140,9 +148,21 @@ def test_the_mask_of_those_batches_is_neither_empty_nor_full():
     assert 0 < result.hidden < result.candidates / 2
 
 
+def test_candidates_of_the_querys_label_are_hidden_and_those_of_none_are_not():
+    parts = random_roles(0, 20, 16)
+    labels = [torch.arange(20) % 4 - 1, torch.arange(20) % 4 - 1, torch.full((20,), -1)]
+    parts = [replace(part, labels=of_part) for part, of_part in zip(parts, labels, strict=True)]
+    # Of 20 rows 15 have one of three labels: each hides the 5 texts of it in qp, qq and pp, its own row's among them.
+    assert losses_of(parts).candidates == 4 * 400 - 3 * 20 - 3 * 15 * 4
+    assert losses_of([replace(part, labels=None) for part in parts]).candidates == 4 * 400 - 3 * 20
+
+
 @st.composite
 def cases(draw):
-    """A pool of texts with repeats within and across roles, some of the rows, any options, and tiles that split it."""
+    """A pool of texts with repeats within and across roles, some of the rows, any options, and tiles that split it.
+
+    Some texts have labels, or none has.
+    """
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     texts, size, dim = draw(st.integers(4, 30)), draw(st.integers(1, 9)), 6
     negatives = size * draw(st.sampled_from([0, 1, 3]))
@@ -164,7 +184,9 @@ def cases(draw):
         soft_label_temperature=draw(st.sampled_from([0.01, 0.1, 1.0])),
     )
     weights = torch.tensor(generator.normal(size=len(rows)))
-    return pool, guide, places, rows, config, weights, draw(st.integers(1, 7))
+    labels = torch.tensor(generator.integers(-1, 3, texts)) if draw(st.booleans()) else None
+    pool = Candidates(pool, guide if who == "frozen" else guide[:, :0], torch.arange(texts), labels)
+    return pool, places, rows, config, weights, draw(st.integers(1, 7))
 
 
 def normalized(values: np.ndarray) -> np.ndarray:
@@ -174,11 +196,11 @@ def normalized(values: np.ndarray) -> np.ndarray:
 @settings(max_examples=200, deadline=None)
 @given(cases())
 def test_equals_the_formula_whatever_the_options_and_the_tile(case):
-    pool, guide, places, rows, config, weights, tile = case
+    pool, places, rows, config, weights, tile = case
 
     def outcome(how) -> tuple[RowLosses, Tensor]:
-        leaf = pool.clone().requires_grad_()
-        everyone = Candidates(leaf, guide if config.guide == "frozen" else guide[:, :0], torch.arange(len(pool)))
+        leaf = pool.student.clone().requires_grad_()
+        everyone = replace(pool, student=leaf)
         result = how([everyone.rows(place) for place in places], rows, config)
         (result.loss * weights).sum().backward()
         return result, leaf.grad

@@ -157,6 +157,19 @@ def test_workers_memory_chunks_and_dropout_change_nothing(recipe: Recipe):
     assert recomputed[0] == 0 < recomputed[2] < recomputed[1] == runs[1][0][3][0].padded_tokens
 
 
+def test_labels_hide_candidates_on_any_number_of_workers(recipe: Recipe, verse_rows, tmp_path: Path):
+    """Shards of the same rows, of which two of three say a label, of two."""
+    rows = [row | ({"query_label": i % 2} if i % 3 else {}) for i, row in enumerate(verse_rows[:130])]
+    labelled = recipe_for(tmp_path, Path(recipe.student.path), rows)
+    prepare(labelled)
+    runs = {n: over_workers(on_workers(n, gradients, labelled, BATCH, LIVELY_CASES)) for n in (1, 2)}
+    assert_same(runs[1], runs[2], 1e-9)
+    plain = over_workers(on_workers(1, gradients, recipe, BATCH, LIVELY_CASES))
+    deaf = labelled.model_copy(update={"loss": labelled.loss.model_copy(update={"hide_same_label": False})})
+    assert_same(plain, over_workers(on_workers(1, gradients, deaf, BATCH, LIVELY_CASES)), 1e-12)
+    assert runs[1][0] < 0.95 * plain[0]
+
+
 def test_a_student_without_layers(recipe: Recipe):
     static = recipe.model_copy(update={"student": recipe.student.model_copy(update={"layers": ()})})
     runs = {n: over_workers(on_workers(n, gradients, static, BATCH, LIVELY_CASES)) for n in (1, 2)}

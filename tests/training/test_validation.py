@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from gist_ray.config import Recipe
 from gist_ray.data.plan import Planner
 from gist_ray.data.prepare import prepare
-from gist_ray.data.shards import Shards, Triplets
+from gist_ray.data.shards import NO_LABEL, Shards, Triplets
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.evaluation.tasks import local_tasks
@@ -51,6 +51,7 @@ def columns(query, positive, negative=None, task=None) -> Triplets:
         negatives=np.asarray([] if negative is None else negative, dtype=np.int64),
         task=np.zeros(rows, dtype=np.int64) if task is None else np.asarray(task, dtype=np.int64),
         source=np.zeros(rows, dtype=np.int64),
+        label=np.full(rows, NO_LABEL),
     )
 
 
@@ -153,9 +154,9 @@ QUERY, POSITIVE, OTHER, FAR = 0, 1, 2, 3
 NOTHING = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
-def place(student: torch.Tensor, guide: torch.Tensor, known=NOTHING) -> tuple[int, int]:
+def place(student: torch.Tensor, guide: torch.Tensor, known=NOTHING, labels=None) -> tuple[int, int]:
     """Rank of text 1 for text 0 among texts 1, 2 and 3, and against how many."""
-    rank, left = ranked(student, guide, np.array([QUERY]), np.array([POSITIVE]), np.array([1, 2, 3]), known)
+    rank, left = ranked(student, guide, np.array([QUERY]), np.array([POSITIVE]), np.array([1, 2, 3]), known, labels)
     return int(rank[0]), int(left[0])
 
 
@@ -167,6 +168,8 @@ def test_the_guide_hides_what_it_ranks_above_the_positive():
     assert place(student, agrees) == (1, 1)
     assert place(student, objects, (np.array([QUERY]), np.array([OTHER]))) == (1, 1)  # known to be right
     assert place(student, objects, (np.array([OTHER]), np.array([QUERY]))) == (2, 2)  # of another query
+    assert place(student, objects, labels=np.array([4, 4, 4, NO_LABEL])) == (1, 1)  # of the query's label
+    assert place(student, objects, labels=np.array([NO_LABEL, 4, NO_LABEL, 4])) == (2, 2)  # of a label, or of none
 
 
 def test_ties_and_not_a_number_are_above_the_positive():
