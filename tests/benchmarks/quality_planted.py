@@ -1,7 +1,8 @@
 """Planted false negatives: verses whose hard negative is the very verse in a third translation.
 
-Row i is (a verse of WEB, the same of YLT, a verse of ASV). In the planted data half of the rows have the same verse as
-their negative, in the clean data none has. Which candidates are false negatives is thus known: those of the same verse.
+Row i is (a verse, the same in another translation, a verse in the third one). In the planted data half of the rows have
+the same verse as their negative, in the clean data none has. So it is known which candidates are false negatives: those
+of the same verse. Which translation stands where is drawn for each verse: none is nearer to another by its role.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _SEED = 5
 
 @dataclass(frozen=True)
 class Verses:
-    """The same verses in three translations."""
+    """The same verses three times, in three translations."""
 
-    web: list[str]
-    ylt: list[str]
-    asv: list[str]
+    query: list[str]
+    positive: list[str]
+    third: list[str]
 
     def part(self, start: int, stop: int) -> Verses:
-        return Verses(self.web[start:stop], self.ylt[start:stop], self.asv[start:stop])
+        return Verses(self.query[start:stop], self.positive[start:stop], self.third[start:stop])
 
 
 def read_verses(longest: int = 140) -> Verses:
@@ -50,30 +51,31 @@ def read_verses(longest: int = 140) -> Verses:
         bible = module.bible
         verses = {i: " ".join(bible.get_scripture(i).replace("`", "'").split()) for i in bible.verse_start_indices}
         texts.append({i: text for i, text in verses.items() if text})
-    web, ylt, asv = texts
-    rows = [(web[i], ylt[i], asv[i]) for i in sorted(web.keys() & ylt.keys() & asv.keys())]
-    rows = [row for row in rows if max(map(len, row)) <= longest and len(set(row)) == 3]
-    order = np.random.default_rng(_SEED).permutation(len(rows))
-    return Verses(*(list(column) for column in zip(*(rows[i] for i in order), strict=True)))
+    shared = sorted(set.intersection(*map(set, texts)))
+    rows = np.array([[verses[i] for verses in texts] for i in shared], dtype=object)
+    rows = rows[[max(map(len, row)) <= longest and len(set(row)) == len(row) for row in rows]]
+    generator = np.random.default_rng(_SEED)
+    mixed = generator.permuted(generator.permutation(rows), axis=1)
+    return Verses(*mixed.T.tolist())
 
 
 def triplets(verses: Verses, planted: bool) -> list[dict[str, str]]:
     """A hard negative for each row: of another verse, or in the planted half of the same one."""
-    other = np.roll(np.arange(len(verses.web)), 1)
+    other = np.roll(np.arange(len(verses.query)), 1)
     same = np.random.default_rng(_SEED).random(len(other)) < (PLANTED_SHARE if planted else 0)
     negative = np.where(same, np.arange(len(other)), other)
     return [
-        {"query": verses.web[i], "pos": verses.ylt[i], "neg": verses.asv[j], "task_name": "verses"}
+        {"query": verses.query[i], "pos": verses.positive[i], "neg": verses.third[j], "task_name": "verses"}
         for i, j in enumerate(negative.tolist())
     ]
 
 
-def curve(guide: Path, verses: Verses, batch: int = 256) -> dict[str, list[float]]:
-    """Recall and precision of the mask over the margin, on batches of planted rows, all (query, negative) candidates."""
+def curve(guide: Path, verses: Verses, batch: int = 128) -> dict[str, list[float]]:
+    """Recall and precision of the mask over the margin, among all (query, negative) candidates of planted batches."""
     from gist_ray.encoder import Encoder
 
     encoder = Encoder.load(guide, max_tokens=128)
-    q, p, n = (encoder.encode(texts) for texts in (verses.web, verses.ylt, verses.asv))
+    q, p, n = (encoder.encode(texts) for texts in (verses.query, verses.positive, verses.third))
     planted = np.random.default_rng(_SEED).random(len(q)) < PLANTED_SHARE
     negative = np.where(planted, np.arange(len(q)), np.roll(np.arange(len(q)), 1))
     caught, hidden, false_negatives = np.zeros(len(MARGINS)), np.zeros(len(MARGINS)), 0
@@ -153,13 +155,11 @@ def train_and_score(
 
 
 def write_test(folder: Path, verses: Verses, asked: int) -> None:
-    """Find the verse of WEB among all of YLT, and among all of ASV."""
-    for name, texts in (("WebToYlt", verses.ylt), ("WebToAsv", verses.asv)):
+    """Find a verse among all in either of the other translations."""
+    for name, texts in (("ToPositive", verses.positive), ("ToThird", verses.third)):
         write(folder / name / "corpus.jsonl", [{"_id": str(i), "text": text} for i, text in enumerate(texts)])
-        write(
-            folder / name / "queries.jsonl",
-            [{"_id": f"q{i}", "text": text} for i, text in enumerate(verses.web[:asked])],
-        )
+        queries = [{"_id": f"q{i}", "text": text} for i, text in enumerate(verses.query[:asked])]
+        write(folder / name / "queries.jsonl", queries)
         judged = [{"query-id": f"q{i}", "corpus-id": str(i), "score": 1} for i in range(min(asked, len(texts)))]
         write(folder / name / "qrels.jsonl", judged)
 
