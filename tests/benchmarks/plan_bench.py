@@ -25,7 +25,7 @@ from figures import Figure, interleaved, main, median_figure, ratios
 
 from gist_ray.chunks import SIMILAR_LENGTH, length_sorted_chunks
 from gist_ray.data.plan import EpochPlan, Planner
-from gist_ray.data.shards import Triplets
+from gist_ray.data.shards import NO_LABEL, Triplets
 
 TRAIN = Path(__file__).parents[3] / "shared" / "data" / "train"
 ROLES = ("query", "pos", "neg")
@@ -74,7 +74,8 @@ class Real:
         lengths = np.empty(len(shuffled), dtype=np.int64)
         lengths[shuffled] = np.tile(self.lengths, copies)
         task, source = np.arange(rows) * tasks // rows, np.zeros(rows, dtype=np.int64)
-        return Triplets(role["query"], role["pos"], np.arange(rows + 1), role["neg"], task, source), lengths
+        no_label = np.full(rows, NO_LABEL)
+        return Triplets(role["query"], role["pos"], np.arange(rows + 1), role["neg"], task, source, no_label), lengths
 
     def dataset(self, rows: int):
         """The same rows as `repeated`, as the peer wants them."""

@@ -108,7 +108,7 @@ def recipe_for(name: str, guide: str, **sections: dict[str, Any]) -> Recipe:
 def write_shards(recipe: Recipe, rows: list[Row], embed: Embed) -> Recipe:
     """Write the shards that `prepare` would, with guide vectors `[n, dim]` by `embed`; returns the recipe."""
     from gist_ray.data.embedders import tokens_and_lengths
-    from gist_ray.data.shards import KIND, Triplets, token_dtype_for, write_triplets
+    from gist_ray.data.shards import KIND, NO_LABEL, Triplets, token_dtype_for, write_triplets
     from gist_ray.data.texts import KEY_BYTES, TextBlock, text_key
     from gist_ray.encoder import load_model
     from gist_ray.manifest import write_manifest
@@ -125,8 +125,8 @@ def write_shards(recipe: Recipe, rows: list[Row], embed: Embed) -> Recipe:
     tasks = sorted({row["task_name"] for row in rows})
     query, positive, negative = (np.array([ids[row[role]] for row in rows]) for role in ROLES)
     task = np.array([tasks.index(row["task_name"]) for row in rows])
-    source = np.zeros(len(rows), dtype=np.int64)
-    triplets = Triplets(query, positive, np.arange(len(rows) + 1), negative, task, source)
+    source, no_label = np.zeros(len(rows), dtype=np.int64), np.full(len(rows), NO_LABEL)
+    triplets = Triplets(query, positive, np.arange(len(rows) + 1), negative, task, source, no_label)
     write_triplets(folder / "triplets" / "part-00000000.arrow", triplets)
     write_manifest(folder, KIND, {"benchmark": recipe.name}, tasks=tasks, guide_dim=vectors.shape[1])
     return recipe
