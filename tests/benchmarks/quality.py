@@ -10,6 +10,7 @@ hour each, `study` about five hours, `small` half an hour.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from quality_data import read_lines, write, write_quality_data
 from quality_planted import planted_figures
 from quality_runs import Arm, Study, call, scores
 from quality_small import small_figures
-from quality_study import study_figures
+from quality_study import MINE_SECONDS, study_figures
 
 WORK = Path(os.environ.get("GIST_RAY_QUALITY", Path(tempfile.gettempdir()) / "gist-ray-quality"))
 MODELS = Path(os.environ.get("GIST_RAY_MODELS", Path.home() / ".cache/gist-ray/models"))
@@ -61,7 +62,9 @@ def data(name: str, every: int) -> Study:
         write(folder / "data/removed.jsonl", [removed])
     settings = [f"guide.vectors_dir={WORK / 'guide-vectors'}", "guide.max_tokens=128"]
     options = [word for setting in settings for word in ("--set", setting)]
-    call("mine", "--guide", str(guide), *options, str(folder / "data/labelled"), str(folder / "mined"))
+    seconds = call("mine", "--guide", str(guide), *options, str(folder / "data/labelled"), str(folder / "mined"))
+    if not (folder / MINE_SECONDS).is_file():  # later calls find the triplets there
+        (folder / MINE_SECONDS).write_text(json.dumps(seconds))
     return Study(folder, [folder / "mined", folder / "data/paired.jsonl"], minilm(), guide, WORK / "guide-vectors")
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+TRAIN_SECONDS = "train-seconds.json"
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -53,7 +55,7 @@ class Study:
         call("train", str(file))
         seconds = time.perf_counter() - started
         call("export", str(self.folder / "runs" / name / "checkpoint"), str(out))
-        (out / "train-seconds.json").write_text(json.dumps(seconds))
+        (out / TRAIN_SECONDS).write_text(json.dumps(seconds))
         return out
 
 
