@@ -60,12 +60,12 @@ def data(name: str, every: int) -> Study:
         for file in [*(folder / "data/labelled").iterdir(), folder / "data/paired.jsonl"]:
             write(file, read_lines(file)[::every])
         write(folder / "data/removed.jsonl", [removed])
-    settings = [f"guide.vectors_dir={WORK / 'guide-vectors'}", "guide.max_tokens=128"]
+    settings = [f"guide.vectors_dir={folder / 'guide-vectors'}", "guide.max_tokens=128"]
     options = [word for setting in settings for word in ("--set", setting)]
     seconds = call("mine", "--guide", str(guide), *options, str(folder / "data/labelled"), str(folder / "mined"))
     if not (folder / MINE_SECONDS).is_file():  # later calls find the triplets there
         (folder / MINE_SECONDS).write_text(json.dumps(seconds))
-    return Study(folder, [folder / "mined", folder / "data/paired.jsonl"], minilm(), guide, WORK / "guide-vectors")
+    return Study(folder, [folder / "mined", folder / "data/paired.jsonl"], minilm(), guide, folder / "guide-vectors")
 
 
 def explore(quick: bool) -> list[Figure]:
