@@ -285,6 +285,7 @@ def test_prepare_reads_the_mined_folder(mined: Path, tiny_model: Path, tmp_path:
     assert manifest["tasks"] == ["task-0", "task-1"]
     expected = Counter(label_number(row["task_name"], row["query_label"]) for row in rows)
     assert Counter(shards.triplets.label.tolist()) == expected
+    assert len(expected) == len({(row["task_name"], row["query_label"]) for row in rows})
 
 
 def test_what_cannot_be_mined_is_an_input_error(source: Path, tiny_model: Path, tmp_path: Path):
