@@ -149,7 +149,7 @@ print(json.dumps({{"asked": len(clients.asked), "failures": failures, "lost": lo
         joins = [f"--address={self.address(HEAD)}:6379", "--num-cpus=3"]
         options = [f"--node-ip-address={self.address(host)}", "--object-store-memory=100000000"]
         command = self._on(host, *_RAY, "start", "--block", *(ports if host == HEAD else joins), *options)
-        before = 0 if host == HEAD else self.alive_nodes()
+        before = set() if host == HEAD else self.alive_nodes()
         if host == HEAD:  # a new machine does not have it; with it, Ray takes the nodes it sees in `ps` for its own
             (self.folder / "ray_current_cluster").unlink(missing_ok=True)
         with (self.folder.parent / f"{self.folder.name}-{host}.log").open("ab") as log:
@@ -158,7 +158,7 @@ print(json.dumps({{"asked": len(clients.asked), "failures": failures, "lost": lo
             )
         self.started.append(process)
         deadline = time.monotonic() + _UP_S
-        while self.alive_nodes() <= before:
+        while self.alive_nodes() <= before:  # no new one: a count would miss it while one that is gone is counted yet
             assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()[-3000:]
             time.sleep(0.5)
 
@@ -199,16 +199,16 @@ print(json.dumps({{"asked": len(clients.asked), "failures": failures, "lost": lo
             over.set()
             thread.join()
 
-    def alive_nodes(self) -> int:
-        """How many the cluster knows of; 0 while it cannot be asked."""
+    def alive_nodes(self) -> set[str]:
+        """Ids of those that the cluster takes for alive; none while it cannot be asked."""
         command = ["curl", "-sS", "--max-time", "5", "-H", f"authorization: Bearer {self.token}",
                    f"{self.dashboard}/api/v0/nodes"]  # fmt: skip
         said, _ = self.popen(CLIENT, *command).communicate(timeout=30)
         try:
             nodes = json.loads(said)["data"]["result"]["result"]
         except (ValueError, KeyError, TypeError):
-            return 0
-        return sum(node["state"] == "ALIVE" for node in nodes)
+            return set()
+        return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
 
     @property
     def token(self) -> str:

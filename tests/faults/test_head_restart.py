@@ -43,7 +43,7 @@ def test_serving_goes_on_without_its_head_and_is_managed_again_after_it(
         time.sleep(10)
         cluster.start(HEAD)
         deadline = time.monotonic() + 120
-        while cluster.alive_nodes() != 3:
+        while len(cluster.alive_nodes()) != 3:
             assert time.monotonic() < deadline
             time.sleep(1)
         time.sleep(5)

@@ -278,8 +278,9 @@ def test_a_node_goes_while_training(how: str, cluster: Hosts, unserved, single: 
         cluster.start(victim)
         said = succeeded(job)
     else:
+        before = cluster.alive_nodes()
         cluster.cut(victim, off=True)
-        time.sleep(40)  # until the head takes it for dead
+        when(lambda: 0 < len(cluster.alive_nodes()) < len(before), job, "that the head takes it for dead")
         cluster.kill(victim)
         cluster.cut(victim, off=False)
         cluster.start(victim)
