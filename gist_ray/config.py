@@ -129,7 +129,7 @@ class StudentConfig(ModelConfig):
 
     layers: tuple[int, ...] | None = None
     """Keep only these transformer layers (0-based) of the loaded model, in this order. `[]` keeps none: a text is then
-    the mean of its word vectors (and of their positions'), the cheapest encoder there is."""
+    the mean of its word vectors and of their positions'."""
 
     @field_validator("layers")
     @classmethod

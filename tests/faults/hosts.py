@@ -45,6 +45,8 @@ class Hosts:
     redis_password: str = ""
     """What the head gives to the Redis of RAY_REDIS_ADDRESS."""
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    """Ids of nodes that were alive once."""
 
     def address(self, host: int) -> str:
         return f"10.77.0.{host + 1}"
@@ -143,24 +145,36 @@ print(json.dumps({{"asked": len(clients.asked), "failures": failures, "lost": lo
         return [node for node in NODES if any(line.startswith(name) for line in self.processes(node).values())]
 
     def start(self, host: int) -> None:
-        """Start a host's node and wait until the cluster counts it."""
+        """Start a host's node and wait until the cluster counts it; if it ends instead, start it again.
+
+        So does the supervisor of a real host. Ray gives a node's agent 15 s to come up, and a busy machine is slower.
+        """
+        before, deadline = self.alive_nodes() | self.seen, time.monotonic() + _UP_S
+        process = self._launch(host)
+        # A count would miss a new node while one that is gone is counted yet.
+        while not self.alive_nodes() - before:
+            if process.poll() is not None:
+                process = self._launch(host)
+            assert time.monotonic() < deadline, self._log(host).read_text()[-3000:]
+            time.sleep(0.5)
+
+    def _launch(self, host: int) -> subprocess.Popen[bytes]:
         ports = ["--head", "--port=6379", "--dashboard-host=0.0.0.0", f"--temp-dir={self.folder}", "--num-cpus=0"]
         ports += [f"--redis-password={self.redis_password}"] if self.redis_password else []
         joins = [f"--address={self.address(HEAD)}:6379", "--num-cpus=3"]
         options = [f"--node-ip-address={self.address(host)}", "--object-store-memory=100000000"]
         command = self._on(host, *_RAY, "start", "--block", *(ports if host == HEAD else joins), *options)
-        before = set() if host == HEAD else self.alive_nodes()
         if host == HEAD:  # a new machine does not have it; with it, Ray takes the nodes it sees in `ps` for its own
             (self.folder / "ray_current_cluster").unlink(missing_ok=True)
-        with (self.folder.parent / f"{self.folder.name}-{host}.log").open("ab") as log:
+        with self._log(host).open("ab") as log:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
             )
         self.started.append(process)
-        deadline = time.monotonic() + _UP_S
-        while self.alive_nodes() <= before:  # no new one: a count would miss it while one that is gone is counted yet
-            assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()[-3000:]
-            time.sleep(0.5)
+        return process
+
+    def _log(self, host: int) -> Path:
+        return self.folder.parent / f"{self.folder.name}-{host}.log"
 
     def kill(self, host: int) -> None:
         """All at once, without a word: as if its power had gone."""
@@ -208,7 +222,9 @@ print(json.dumps({{"asked": len(clients.asked), "failures": failures, "lost": lo
             nodes = json.loads(said)["data"]["result"]["result"]
         except (ValueError, KeyError, TypeError):
             return set()
-        return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
+        found = {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
+        self.seen |= found
+        return found
 
     @property
     def token(self) -> str:
