@@ -32,7 +32,7 @@ HEAD, NODES, CLIENT = 0, (1, 2), 3
 """The head does no work; the client is no node: it submits, deploys and asks."""
 MODEL, REPLICA = "m", "ray::ServeReplica"
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-_UP_S = 120
+_UP_S = 180
 
 
 @dataclass
@@ -106,12 +106,16 @@ class Hosts:
 
     @contextmanager
     def asked(self, host: int) -> Iterator[dict[str, Any]]:
-        """Four clients ask a host all the time, from the client. At the end: how often, what failed, what twice."""
+        """Four clients ask a host, from the client. At the end: how often, what failed, what twice.
+
+        Ten times a second each: more would take the CPUs with which a host comes back.
+        """
         asking = f"""
 import json, sys
 from tests.faults.serve_cluster import Clients
 
-with Clients("http://{self.address(host)}:8000", api_key="{self.environment[API_KEYS_VARIABLE]}") as clients:
+key = "{self.environment[API_KEYS_VARIABLE]}"
+with Clients("http://{self.address(host)}:8000", api_key=key, pause_s=0.1) as clients:
     print("asking", flush=True)
     sys.stdin.readline()
 lost = [repr(asked) for asked in clients.lost()]
