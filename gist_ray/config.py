@@ -216,6 +216,9 @@ class TrainConfig(Section):
     """Batches within which rows are sorted by length before they are cut into batches. 1: no sorting."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """None: what the model folder says. 0 makes the result independent of the number of workers, to rounding."""
+    start_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share, in the finished model's weights, of those that training started from: what is not trained for is kept
+    better, what is trained for gains less (arXiv 2109.01903, eq. 2). Checkpoints are validated so too."""
     seed: int = Field(default=42, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed divides over workers: 0 nothing (fastest, 16 bytes a parameter on each), 1 Adam's moments, 2 also

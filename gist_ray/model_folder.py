@@ -137,6 +137,7 @@ def model_card(name: str, provenance: dict[str, Any]) -> str:
     int8 = _int8_section(provenance["int8"]) if "int8" in provenance else ""
     table = f"\n## Scores\n\n| task | type | score |\n|---|---|---|\n{scores}\n" if scores else ""
     layers = f", layers {student['layers']}" if student["layers"] is not None else ""
+    start = f"| share of the student's first weights | {train['start_share']} |\n" if train["start_share"] else ""
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity
@@ -169,7 +170,7 @@ print(model.similarity(vectors, vectors))
 | student | `{_short_name(student["path"])}`{layers} |
 | guide | `{_short_name(guide["path"])}` ({loss["guide"]}) |
 | steps x batch | {provenance["steps"]} x {train["batch_size"]} triplets, {train["epochs"]} epochs |
-| learning rate | {train["learning_rate"]}, {train["schedule"]}, warm-up {train["warmup_ratio"]} |
+{start}| learning rate | {train["learning_rate"]}, {train["schedule"]}, warm-up {train["warmup_ratio"]} |
 | temperature, margin | {loss["temperature"]}, {loss["margin"]} ({loss["margin_kind"]}) |
 | data fingerprint | `{provenance["fingerprint"]["shards"]}` |
 | seed | {train["seed"]} |

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gist_ray.config import Recipe
-from gist_ray.encoder import Encoder
+from gist_ray.encoder import Encoder, load_model
 from gist_ray.errors import InputError
 from gist_ray.manifest import read_manifest, write_json
 from gist_ray.training.student import load_student, merged_student
@@ -250,7 +250,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
 
 
 def trained_student(recipe: Recipe, folder: Path) -> Encoder:
-    """The student of a whole checkpoint, adapters merged, ready to embed.
+    """The student of a whole checkpoint, adapters merged, `start_share` of its start mixed in, ready to embed.
 
     Raises:
         InputError: the checkpoint is damaged, or of another model.
@@ -258,8 +258,23 @@ def trained_student(recipe: Recipe, folder: Path) -> Encoder:
     encoder = load_student(recipe, "cpu", training=False)
     load_weights(encoder.model, folder)
     student = merged_student(encoder)
+    if recipe.train.start_share:
+        start = load_model(recipe.student, layers=recipe.student.layers, device="cpu").model
+        mix_in(start, student.model, recipe.train.start_share)
     student.model.eval()
     return student
+
+
+@torch.no_grad()
+def mix_in(start: torch.nn.Module, model: torch.nn.Module, share: float) -> None:
+    """Set each weight of `model` to `share * start + (1 - share) * trained`, in place.
+
+    On the line between a model and what it was fine-tuned to, tasks that were not trained for lose less than those that
+    were gain (Wortsman et al., "Robust fine-tuning of zero-shot models", arXiv 2109.01903, eq. 2).
+    """
+    starts = dict(start.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.lerp_(starts[name], share)
 
 
 def student_folder(checkpoint: Path) -> Path:

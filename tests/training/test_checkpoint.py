@@ -156,6 +156,19 @@ def test_the_student_of_a_checkpoint(recipe: Recipe, saved, tmp_path: Path):
     np.testing.assert_array_equal(student.encode(["a b c"]), again)
 
 
+def test_the_start_is_mixed_into_the_student_of_a_checkpoint(recipe: Recipe, saved, tmp_path: Path):
+    folder, _ = saved
+    trained = dict(trained_student(recipe, folder / "zero1").model.named_parameters())
+    start = dict(load_student(recipe, "cpu", training=False).model.named_parameters())
+    mixed = trained_student(with_train(recipe, start_share=0.25), folder / "zero1").model
+    moved = 0
+    for name, parameter in mixed.named_parameters():
+        wanted = 0.25 * start[name].double() + 0.75 * trained[name].double()
+        torch.testing.assert_close(parameter.double(), wanted, rtol=0, atol=1e-6)
+        moved += int((trained[name] - start[name]).abs().max() > 1e-4)
+    assert moved > 20  # or the formula says nothing
+
+
 def damaged(folder: Path, tmp_path: Path, damage: Any) -> Path:
     copy = tmp_path / "damaged"
     shutil.rmtree(copy, ignore_errors=True)
