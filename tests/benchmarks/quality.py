@@ -27,24 +27,23 @@ from quality_study import MINE_SECONDS, study_figures
 WORK = Path(os.environ.get("GIST_RAY_QUALITY", Path(tempfile.gettempdir()) / "gist-ray-quality"))
 MODELS = Path(os.environ.get("GIST_RAY_MODELS", Path.home() / ".cache/gist-ray/models"))
 
-COMMON = {"batch_size": 128, "learning_rate": 1e-4, "epochs": 1, "weight_decay": 0.01}
+COMMON = {"batch_size": 128, "learning_rate": 3e-4, "epochs": 1, "weight_decay": 0.01}
 PUBLISHED = {"temperature": 0.01, "hide_same_label": False}
 NO_GUIDE = Arm("no-guide", {**PUBLISHED, "guide": "none"})
 GISTEMBED = Arm("gistembed", {**PUBLISHED, "guide": "frozen"})
-SOFT = {"margin": 0.05, "soft_label_weight": 0.3}
-OURS = Arm("ours", {"temperature": 0.03, **SOFT})
+# With 0.3 of the start, retrieval and entailment stay where they were; without, they fall by 0.1 to 0.4.
+OURS = Arm("ours", {"temperature": 0.05, "margin": 0.05, "soft_label_weight": 0.7}, {"start_share": 0.3})
 EXPLORED = (
     OURS,
-    Arm("ours-fast", {"temperature": 0.03, **SOFT}, {"learning_rate": 3e-4}),
-    Arm("ours-warm", {"temperature": 0.05, **SOFT}, {"learning_rate": 2e-4}),
-    Arm("ours-soft", {"temperature": 0.03, "margin": 0.05, "soft_label_weight": 0.7}, {"learning_rate": 2e-4}),
+    Arm("ours-whole", OURS.loss),
+    Arm("ours-cold", {"temperature": 0.03, "margin": 0.05, "soft_label_weight": 0.3}),
     GISTEMBED,
     NO_GUIDE,
 )
 SMALL = (
     OURS,
-    Arm("three-layers", OURS.loss, OURS.train, {"layers": [0, 2, 4]}),
-    # Word vectors move little at a transformer's rate.
+    # Nothing to keep of a start that layers were taken from. Word vectors move little at a transformer's rate.
+    Arm("three-layers", OURS.loss, {}, {"layers": [0, 2, 4]}),
     Arm("no-layers", OURS.loss, {"learning_rate": 3e-3}, {"layers": []}),
 )
 

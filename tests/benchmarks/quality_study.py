@@ -27,10 +27,11 @@ def study_figures(study: Study, arms: Sequence[Arm], common: dict, seeds: Sequen
     """`arms` are no guide, GISTEmbed and ours. The untouched student is scored too."""
     no_guide, gistembed, ours = arms
     reports = study.folder / "evaluation"
-    found = {
-        arm.name: [scores(study.model(arm, seed, common), tasks, reports / f"{arm.name}-{seed}") for seed in seeds]
-        for arm in (ours, gistembed, no_guide)  # ours first: with the guide's table it makes
-    }
+    found: dict[str, list[Scores]] = {}
+    for seed in seeds:
+        for arm in (ours, gistembed, no_guide):  # ours first: with the guide's table it makes
+            scored = scores(study.model(arm, seed, common), tasks, reports / f"{arm.name}-{seed}")
+            found.setdefault(arm.name, []).append(scored)
     untouched = scores(study.student, tasks, reports / "untouched")
     write_table(study.folder / "scores.json", {"untouched": [untouched], **found})
     kind = kinds(reports / "untouched")
