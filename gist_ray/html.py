@@ -26,7 +26,7 @@ _CHART_POINTS = 350  # as many as a chart is wide
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 410, 10, 176  # of the area that a chart draws in
 _CURVES = (
     ("loss", "loss", ""),
-    ("masked_share", "negatives hidden by the guide", "share"),
+    ("masked_share", "negatives hidden", "share"),
     ("learning_rate", "learning rate", ""),
     ("tokens_per_s", "throughput", "tokens/s"),
 )

@@ -23,14 +23,17 @@ LONGEST_FILES = (
     "faults/test_three_hosts.py",
     "tests/test_tour.py",
     "faults/test_train_killed.py",
-    "training/test_run.py",
-    "serving/test_app.py",
-    "training/test_step.py",
     "data/test_mine.py",
-    "evaluation/test_evaluate.py",
+    "training/test_run.py",
+    "training/test_step.py",
     "data/test_prepare.py",
-    "training/test_checkpoint.py",
+    "serving/test_app.py",
+    "evaluation/test_evaluate.py",
+    "evaluation/test_pool.py",
+    "tests/test_converted_models.py",
     "tests/test_cluster.py",
+    "tests/test_int8.py",
+    "training/test_checkpoint.py",
 )
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

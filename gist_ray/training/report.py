@@ -28,7 +28,7 @@ _COLUMNS = ("step", "total_steps", "loss", "masked_share", "learning_rate", "gra
 _CURVES = (
     ("loss", "loss", ""),
     ("learning_rate", "learning rate", ""),
-    ("masked_share", "negatives hidden by the guide", "share"),
+    ("masked_share", "negatives hidden", "share"),
     ("grad_norm", "gradient norm, before clipping", ""),
     ("examples_per_s", "throughput", "triplets/s"),
 )
@@ -153,7 +153,7 @@ def _tiles(run: _Run) -> str:
             ("workers", "–".join(map(str, sorted({min(workers), max(workers)}))) if workers else "–",
              "1 restart" if restarts == 1 else f"{restarts} restarts"),
             ("padding", _percent(_mean(columns["padding_share"])), "of tokens, mean"),
-            ("negatives hidden", _percent(_mean(columns["masked_share"])), "by the guide, mean"),
+            ("negatives hidden", _percent(_mean(columns["masked_share"])), "by guide and labels, mean"),
             ("validation, best", f"{best[1]:.4f}" if best else "–", f"at step {best[0]:,}" if best else "none made"),
         ]
     )  # fmt: skip

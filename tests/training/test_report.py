@@ -111,7 +111,7 @@ def test_the_page_tells_a_run_with_its_restarts(tmp_path: Path, recipe: Recipe):
         "tokens/s": "3,000 median",
         "workers": "2 1 restart",
         "padding": "5.0\xa0% of tokens, mean",
-        "negatives hidden": "3.0\xa0% by the guide, mean",
+        "negatives hidden": "3.0\xa0% by guide and labels, mean",
         "validation, best": "0.9300 at step 200",
     }
     parts = sections(page)
@@ -120,7 +120,7 @@ def test_the_page_tells_a_run_with_its_restarts(tmp_path: Path, recipe: Recipe):
     assert [figure.findtext("figcaption") for figure in parts["Curves"].iter("figure")] == [
         "loss ",
         "learning rate ",
-        "negatives hidden by the guide ",
+        "negatives hidden ",
         "gradient norm, before clipping ",
         "throughput ",
         "validation score ",
