@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data import SHARED, minilm
 from figures import Figure, main
-from quality_data import read_lines, write, write_quality_data
+from quality_data import KEPT, read_lines, write, write_quality_data
 from quality_planted import planted_figures
 from quality_runs import Arm, Study, call, scores
 from quality_small import small_figures
@@ -78,7 +78,9 @@ def explore(quick: bool) -> list[Figure]:
         found = scores(model, development, study.folder / f"development/{arm.name}")
         gains = {task: found[task] - untouched[task] for task in found}
         print(f"  {arm.name}: " + ", ".join(f"{task} {gain:+.2f}" for task, gain in gains.items()), file=sys.stderr)
-        figures.append(Figure(f"development: {arm.name}, mean gain", sum(gains.values()) / len(gains), "points"))
+        for what, tasks in (("trained for", sorted(gains.keys() - set(KEPT))), ("kept", KEPT)):
+            mean = sum(gains[task] for task in tasks) / len(tasks)
+            figures.append(Figure(f"development: {arm.name}, mean gain of tasks {what}", mean, "points"))
     return figures
 
 

@@ -19,7 +19,8 @@ from quality_runs import Arm, Study, scores
 from quality_study import mean_figure
 
 TRAINED_ON, DEVELOPED_ON, TESTED_ON, ASKED = 3_000, 1_000, 4_000, 1_000
-MARGINS = np.round(np.arange(-0.1, 0.3001, 0.01), 3)
+MARGINS = np.round(np.arange(-0.1, 0.4001, 0.01), 3)
+KINDS = ("relative", "absolute")
 PLANTED_SHARE = 0.5
 _SEED = 5
 
@@ -70,22 +71,27 @@ def triplets(verses: Verses, planted: bool) -> list[dict[str, str]]:
     ]
 
 
-def curve(guide: Path, verses: Verses, batch: int = 128) -> dict[str, list[float]]:
-    """Recall and precision of the mask over the margin, among all (query, negative) candidates of planted batches."""
+def embedded(guide: Path, verses: Verses) -> tuple[np.ndarray, ...]:
+    """Unit vectors of queries, positives and third translations."""
     from gist_ray.encoder import Encoder
 
     encoder = Encoder.load(guide, max_tokens=128)
-    q, p, n = (encoder.encode(texts) for texts in (verses.query, verses.positive, verses.third))
+    return tuple(encoder.encode(texts) for texts in (verses.query, verses.positive, verses.third))
+
+
+def curve(vectors: tuple[np.ndarray, ...], kind: str, batch: int = 128) -> dict[str, list[float]]:
+    """Recall and precision of the mask over the margin, among all (query, negative) candidates of planted batches."""
+    q, p, n = vectors
     planted = np.random.default_rng(_SEED).random(len(q)) < PLANTED_SHARE
     negative = np.where(planted, np.arange(len(q)), np.roll(np.arange(len(q)), 1))
     caught, hidden, false_negatives = np.zeros(len(MARGINS)), np.zeros(len(MARGINS)), 0
     for start in range(0, len(q), batch):
         rows = np.arange(start, min(start + batch, len(q)))
-        above = q[rows] @ n[negative[rows]].T - (q[rows] * p[rows]).sum(1)[:, None]
+        found, own = q[rows] @ n[negative[rows]].T, (q[rows] * p[rows]).sum(1)[:, None]
         same = rows[:, None] == negative[rows][None, :]
         false_negatives += int(same.sum())
         for k, margin in enumerate(MARGINS):
-            masked = above > -margin
+            masked = found > (own * (1 - margin) if kind == "relative" else own - margin)
             hidden[k] += masked.sum()
             caught[k] += (masked & same).sum()
     recall, precision = caught / false_negatives, caught / np.maximum(hidden, 1)
@@ -109,17 +115,20 @@ def planted_figures(work: Path, guide: Path, student: Path, seeds: tuple[int, ..
     every = read_verses()
     verses, development = every.part(0, size), every.part(size, size + DEVELOPED_ON)
     test = every.part(size + DEVELOPED_ON, size + DEVELOPED_ON + TESTED_ON)
-    margin = chosen_margin(curve(guide, development))
-    found = curve(guide, verses)
-    (work / "curve.json").parent.mkdir(parents=True, exist_ok=True)
-    (work / "curve.json").write_text(json.dumps(found))
-    draw_curve(found, margin, work / "curve.png")
-    figures = [
-        Figure("recall of the mask at margin 0", at(found, 0.0)[0], "share"),
-        Figure("precision of the mask at margin 0", at(found, 0.0)[1], "share"),
-        Figure(f"recall at the margin of development data, {margin:.2f}", at(found, margin)[0], "share", ">= 0.85"),
-        Figure(f"precision at the margin of development data, {margin:.2f}", at(found, margin)[1], "share", ">= 0.6"),
-    ]
+    vectors = {name: embedded(guide, part) for name, part in (("development", development), ("trained on", verses))}
+    figures, margins, curves = [], {}, {}
+    for kind in KINDS:
+        margin = margins[kind] = chosen_margin(curve(vectors["development"], kind))
+        found = curves[kind] = curve(vectors["trained on"], kind)
+        for name, value, goal in zip(("recall", "precision"), at(found, margin), (0.85, 0.6), strict=True):
+            line = f"{name} at the {kind} margin of development data, {margin:.2f}"
+            figures.append(Figure(line, value, "share", f">= {goal}" if kind == "relative" else None))
+    recall, precision = at(curves["relative"], 0.0)
+    figures.append(Figure("recall of the mask at margin 0", recall, "share"))
+    figures.append(Figure("precision of the mask at margin 0", precision, "share"))
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "curve.json").write_text(json.dumps(curves))
+    draw_curves(curves, margins, work / "curve.png")
     write_test(work / "tasks", test, 200 if quick else ASKED)
     runs = {
         name: [train_and_score(work, guide, student, verses, planted, loss, name, seed) for seed in seeds]
@@ -127,7 +136,7 @@ def planted_figures(work: Path, guide: Path, student: Path, seeds: tuple[int, ..
             ("clean, without a guide", False, {"guide": "none"}),
             ("planted, without a guide", True, {"guide": "none"}),
             ("planted, margin 0", True, {}),
-            ("planted, with the margin", True, {"margin": margin}),
+            ("planted, with the margin", True, {"margin": margins["relative"], "margin_kind": "relative"}),
         )
     }
     clean = runs["clean, without a guide"]
@@ -164,19 +173,20 @@ def write_test(folder: Path, verses: Verses, asked: int) -> None:
         write(folder / name / "qrels.jsonl", judged)
 
 
-def draw_curve(found: dict[str, list[float]], margin: float, file: Path) -> None:
+def draw_curves(curves: dict[str, dict[str, list[float]]], margins: dict[str, float], file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    axis.plot(found["margin"], found["recall"], label="recall")
-    axis.plot(found["margin"], found["precision"], label="precision")
-    axis.axvline(margin, color="#222222", lw=1, ls="--", label="margin of development data")
-    axis.set_xlabel("margin")
-    axis.set_ylim(0, 1.02)
-    axis.legend()
-    axis.set_title("Mask of planted false negatives")
+    fig, axes = plt.subplots(1, len(curves), figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, (kind, found) in zip(axes, curves.items(), strict=True):
+        axis.plot(found["margin"], found["recall"], label="recall")
+        axis.plot(found["margin"], found["precision"], label="precision")
+        axis.axvline(margins[kind], color="#222222", lw=1, ls="--", label="margin of development data")
+        axis.set_xlabel(f"{kind} margin")
+        axis.set_ylim(0, 1.02)
+    axes[0].legend()
+    fig.suptitle("Mask of planted false negatives")
     fig.savefig(file, dpi=120)
     plt.close(fig)
