@@ -2,7 +2,9 @@
 
 Row i is (a verse, the same in another translation, a verse in the third one). In the planted data half of the rows have
 the same verse as their negative, in the clean data none has. So it is known which candidates are false negatives: those
-of the same verse. Which translation stands where is drawn for each verse: none is nearer to another by its role.
+of the same verse. For the curves of the mask, which translation stands where is drawn for each verse: none is nearer
+to another by its role. For training, each has its role, as false negatives of real data have a source: what a student
+can learn is to push a whole translation away.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from quality_data import write
 from quality_runs import Arm, Study, scores
 from quality_study import mean_figure
 
-TRAINED_ON, DEVELOPED_ON, TESTED_ON, ASKED = 3_000, 1_000, 4_000, 1_000
+TRAINED_ON, DEVELOPED_ON, TESTED_ON, ASKED = 3_000, 1_000, 12_000, 1_000
+ASKED_LETTERS = 70  # at most: of longer verses nearly all are found
 MARGINS = np.round(np.arange(-0.1, 0.4001, 0.01), 3)
 KINDS = ("relative", "absolute")
 PLANTED_SHARE = 0.5
@@ -37,8 +40,8 @@ class Verses:
         return Verses(self.query[start:stop], self.positive[start:stop], self.third[start:stop])
 
 
-def read_verses(longest: int = 140) -> Verses:
-    """Verses that all three have, short ones, in a fixed random order.
+def read_verses(longest: int = 140) -> tuple[Verses, Verses]:
+    """Verses that all three have, short ones, in a fixed random order: each translation in its role, and roles drawn.
 
     Raises:
         SystemExit: the package of the third translation is missing.
@@ -56,8 +59,8 @@ def read_verses(longest: int = 140) -> Verses:
     rows = np.array([[verses[i] for verses in texts] for i in shared], dtype=object)
     rows = rows[[max(map(len, row)) <= longest and len(set(row)) == len(row) for row in rows]]
     generator = np.random.default_rng(_SEED)
-    mixed = generator.permuted(generator.permutation(rows), axis=1)
-    return Verses(*mixed.T.tolist())
+    ordered = generator.permutation(rows)
+    return Verses(*ordered.T.tolist()), Verses(*generator.permuted(ordered, axis=1).T.tolist())
 
 
 def triplets(verses: Verses, planted: bool) -> list[dict[str, str]]:
@@ -112,10 +115,10 @@ def chosen_margin(found: dict[str, list[float]]) -> float:
 def planted_figures(work: Path, guide: Path, student: Path, seeds: tuple[int, ...], quick: bool) -> list[Figure]:
     """Curves of the mask, and what training on planted data costs with it and without."""
     size = 600 if quick else TRAINED_ON
-    every = read_verses()
-    verses, development = every.part(0, size), every.part(size, size + DEVELOPED_ON)
-    test = every.part(size + DEVELOPED_ON, size + DEVELOPED_ON + TESTED_ON)
-    vectors = {name: embedded(guide, part) for name, part in (("development", development), ("trained on", verses))}
+    every, drawn = read_verses()
+    verses, test = every.part(0, size), every.part(size + DEVELOPED_ON, size + DEVELOPED_ON + TESTED_ON)
+    parts = {"development": drawn.part(size, size + DEVELOPED_ON), "trained on": drawn.part(0, size)}
+    vectors = {name: embedded(guide, part) for name, part in parts.items()}
     figures, margins, curves = [], {}, {}
     for kind in KINDS:
         margin = margins[kind] = chosen_margin(curve(vectors["development"], kind))
@@ -167,9 +170,9 @@ def write_test(folder: Path, verses: Verses, asked: int) -> None:
     """Find a verse among all in either of the other translations."""
     for name, texts in (("ToPositive", verses.positive), ("ToThird", verses.third)):
         write(folder / name / "corpus.jsonl", [{"_id": str(i), "text": text} for i, text in enumerate(texts)])
-        queries = [{"_id": f"q{i}", "text": text} for i, text in enumerate(verses.query[:asked])]
-        write(folder / name / "queries.jsonl", queries)
-        judged = [{"query-id": f"q{i}", "corpus-id": str(i), "score": 1} for i in range(min(asked, len(texts)))]
+        queries = [(i, text) for i, text in enumerate(verses.query) if len(text) <= ASKED_LETTERS][:asked]
+        write(folder / name / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in queries])
+        judged = [{"query-id": f"q{i}", "corpus-id": str(i), "score": 1} for i, _ in queries]
         write(folder / name / "qrels.jsonl", judged)
 
 
