@@ -32,7 +32,8 @@ HEAD, NODES, CLIENT = 0, (1, 2), 3
 """The head does no work; the client is no node: it submits, deploys and asks."""
 MODEL, REPLICA = "m", "ray::ServeReplica"
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-_UP_S = 180
+_UP_S = 120
+_TOO_SLOW = "Exception: The current node timed out during startup"
 
 
 @dataclass
@@ -149,17 +150,20 @@ print(json.dumps({{"asked": len(clients.asked), "failures": failures, "lost": lo
         return [node for node in NODES if any(line.startswith(name) for line in self.processes(node).values())]
 
     def start(self, host: int) -> None:
-        """Start a host's node and wait until the cluster counts it; if it ends instead, start it again.
+        """Start a host's node and wait until the cluster counts it.
 
-        So does the supervisor of a real host. Ray gives a node's agent 15 s to come up, and a busy machine is slower.
+        Ray gives a node's agent 15 s to come up, and a busy machine is slower: then, and only then, the node is started
+        again, as the supervisor of a real host does.
         """
         before, deadline = self.alive_nodes() | self.seen, time.monotonic() + _UP_S
         process = self._launch(host)
         # A count would miss a new node while one that is gone is counted yet.
         while not self.alive_nodes() - before:
+            said = self._log(host).read_text()[-3000:]
+            assert time.monotonic() < deadline, said
             if process.poll() is not None:
+                assert said.rstrip().rpartition("\n")[2].startswith(_TOO_SLOW), said
                 process = self._launch(host)
-            assert time.monotonic() < deadline, self._log(host).read_text()[-3000:]
             time.sleep(0.5)
 
     def _launch(self, host: int) -> subprocess.Popen[bytes]:
