@@ -13,7 +13,7 @@ from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.manifest import read_manifest
 from gist_ray.metrics import read_metrics
-from gist_ray.model_folder import export
+from gist_ray.model_folder import export, model_card
 from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.checkpoint import SavedState, progress_of, student_folder
 from gist_ray.training.run import train
@@ -165,6 +165,9 @@ def test_export_makes_a_folder_that_everybody_loads(trained: Recipe, tmp_path: P
     assert str(tmp_path.parent) not in card  # a card is read elsewhere
     provenance = json.loads((out / "gist_ray.json").read_text())
     assert provenance["recipe"]["name"] == "run" and provenance["steps"] > 0
+    assert "first weights" not in card
+    provenance["recipe"]["train"]["start_share"] = 0.3
+    assert "| share of the student's first weights | 0.3 |\n| learning rate |" in model_card("run", provenance)
 
 
 def test_export_refuses_what_it_cannot_use(trained: Recipe, tmp_path: Path):
