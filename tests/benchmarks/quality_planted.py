@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from figures import Figure
-from quality_data import write
+from quality_data import write, write_retrieval
 from quality_runs import Arm, Study, scores
 from quality_study import mean_figure
 
@@ -168,12 +168,9 @@ def train_and_score(
 
 def write_test(folder: Path, verses: Verses, asked: int) -> None:
     """Find a verse among all in either of the other translations."""
-    for name, texts in (("ToPositive", verses.positive), ("ToThird", verses.third)):
-        write(folder / name / "corpus.jsonl", [{"_id": str(i), "text": text} for i, text in enumerate(texts)])
-        queries = [(i, text) for i, text in enumerate(verses.query) if len(text) <= ASKED_LETTERS][:asked]
-        write(folder / name / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in queries])
-        judged = [{"query-id": f"q{i}", "corpus-id": str(i), "score": 1} for i, _ in queries]
-        write(folder / name / "qrels.jsonl", judged)
+    queries = [(i, text) for i, text in enumerate(verses.query) if len(text) <= ASKED_LETTERS][:asked]
+    for name, documents in (("ToPositive", verses.positive), ("ToThird", verses.third)):
+        write_retrieval(folder / name, documents, queries)
 
 
 def draw_curves(curves: dict[str, dict[str, list[float]]], margins: dict[str, float], file: Path) -> None:
