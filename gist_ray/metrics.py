@@ -39,7 +39,7 @@ class Sink(Protocol):
 
 
 class MetricsLog:
-    """`metrics.jsonl`, `events.jsonl` and TensorBoard files of a run. Validations are told on once they are there.
+    """`metrics.jsonl`, `events.jsonl` and TensorBoard files of a run; sinks are told of its validations too.
 
     On resume the lines of steps after the checkpoint are taken back, since those steps are done again. Events are the
     run's history: they stay, and one tells how many steps were taken back.
@@ -57,9 +57,8 @@ class MetricsLog:
         # Also at step 0: a run that died before its first checkpoint has left a curve there.
         self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=start_step + 1)
         self._validations = Tail(run_dir / VALIDATIONS)
-        for event in self._validations.new_lines():
-            if event["step"] > start_step:  # others are on the board already, and not purged
-                self._tell(event)
+        for _ in self._validations.new_lines():
+            pass  # the worker that this one replaces has told those
         if taken_back:
             self.write_event({"step": start_step, "event": "taken_back", "steps": taken_back})
 
@@ -87,11 +86,14 @@ class MetricsLog:
 
     def _tell_validations(self) -> None:
         for event in self._validations.new_lines():
-            self._tell(event)
+            self._tell_sinks(event)
 
     def _tell(self, line: Line) -> None:
         for name, value in scalars(line).items():
             self._board.add_scalar(name, value, int(line["step"]))
+        self._tell_sinks(line)
+
+    def _tell_sinks(self, line: Line) -> None:
         for sink in self._sinks[:]:
             self._guarded(sink, sink.log, line)
 
@@ -101,6 +103,22 @@ class MetricsLog:
         except Exception as error:
             log.warning("%s takes no more metrics: %s: %s", type(sink).__name__, type(error).__name__, error)
             self._sinks.remove(sink)
+
+
+def add_validation(run_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Append the scores of the checkpoint of `step` to `validation.jsonl` and to the run's TensorBoard files.
+
+    They are a TensorBoard run of their own, `validation`: a folder has one writer, and the last checkpoints are scored
+    when worker 0 and its log have ended.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    event = {"time": round(time.time(), 3), "step": step, "event": "validation", **metrics}
+    with (run_dir / VALIDATIONS).open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(event) + "\n")
+    with SummaryWriter(str(run_dir / TENSORBOARD / "validation")) as board:
+        for name, value in scalars(event).items():
+            board.add_scalar(name, value, step)
 
 
 class Tail:

@@ -14,6 +14,7 @@ from gist_ray.metrics import (
     VALIDATIONS,
     MetricsLog,
     Tail,
+    add_validation,
     read_metrics,
     remove_logs,
     scalars,
@@ -42,11 +43,11 @@ def written(folder: Path, upto: int, start: int = 0) -> None:
     log.close()
 
 
-def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+def curve(folder: Path, tag: str, run: str = "") -> list[tuple[int, float]]:
     """A curve as TensorBoard would show it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(folder / TENSORBOARD))
+    board = EventAccumulator(str(folder / TENSORBOARD / run))
     board.Reload()
     return [(event.step, event.value) for event in board.Scalars(tag)]
 
@@ -116,31 +117,30 @@ def test_tensorboard_shows_one_curve_over_a_restart(tmp_path: Path, checkpoint: 
 def test_tensorboard_has_events_and_no_counters_of_steps(tmp_path: Path):
     log = MetricsLog(tmp_path, 0)
     log.write(STEP)
-    log.write_event({"step": 12, "event": "validation", "score": 0.5})
+    log.write_event({"step": 12, "event": "checkpoint", "stall_s": 0.5})
     log.close()
-    assert curve(tmp_path, "validation/score") == [(12, 0.5)]
+    assert curve(tmp_path, "checkpoint/stall_s") == [(12, 0.5)]
     with pytest.raises(KeyError):
         curve(tmp_path, "total_steps")
 
 
 def test_validations_of_another_process_are_told_on_once(tmp_path: Path):
-    def validated(step: int, score: float) -> None:
-        with (tmp_path / VALIDATIONS).open("a") as stream:
-            stream.write(json.dumps({"time": 1.0, "step": step, "event": "validation", "score": score}) + "\n")
-
     first, again = Recorder(), Recorder()
     log = MetricsLog(tmp_path, 0, [first])
     log.write({"step": 2, "loss": 1.0})
-    validated(2, 0.25)
+    add_validation(tmp_path, 2, {"score": 0.25})
     log.write({"step": 3, "loss": 1.0})
-    validated(4, 0.5)
+    add_validation(tmp_path, 4, {"score": 0.5})
     log.close()
-    log = MetricsLog(tmp_path, 3, [again])  # what came after the checkpoint is purged, and told again
-    validated(2, 0.75)  # scored late
+    log = MetricsLog(tmp_path, 4, [again])
+    add_validation(tmp_path, 6, {"score": 0.75})
     log.close()
+    add_validation(tmp_path, 8, {"score": 0.875})  # the last checkpoint is scored when the log has ended
     assert [line.get("score") for line in first.lines] == [None, None, 0.25, 0.5]
-    assert [line["score"] for line in again.lines] == [0.5, 0.75]
-    assert curve(tmp_path, "validation/score") == [(2, 0.25), (4, 0.5), (2, 0.75)]
+    assert [line["score"] for line in again.lines] == [0.75]
+    expected = [(2, 0.25), (4, 0.5), (6, 0.75), (8, 0.875)]
+    assert curve(tmp_path, "validation/score", "validation") == expected
+    assert [(line["step"], line["score"]) for line in read_metrics(tmp_path / VALIDATIONS)] == expected
 
 
 def test_a_line_keeps_what_was_written_but_nanoseconds(tmp_path: Path):

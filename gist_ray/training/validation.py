@@ -6,9 +6,7 @@ Ray Train scores checkpoints while training goes on (`ray_validation`), and the 
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from gist_ray.config import Recipe
 from gist_ray.data.shards import NO_LABEL, Shards, Triplets
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
-from gist_ray.metrics import VALIDATIONS
+from gist_ray.metrics import add_validation
 from gist_ray.training.checkpoint import trained_student
 
 log = logging.getLogger(__name__)
@@ -233,9 +231,9 @@ def validate_checkpoint(checkpoint: Any, *, step: int, recipe: dict[str, Any], s
 
 
 def score_checkpoint(checkpoint: Any, step: int, recipe: dict[str, Any], shards: str) -> dict[str, float]:
-    """Score the student in a `ray.train.Checkpoint`, and add an event to `validation.jsonl` of the run.
+    """Score the student in a `ray.train.Checkpoint`, and add the scores to the run's files.
 
-    That file has one writer: Ray Train makes one validation at a time.
+    Those have one writer: Ray Train makes one validation at a time.
     """
     parsed = Recipe.model_validate(recipe)
     torch.set_num_threads(parsed.cluster.data_threads)
@@ -249,9 +247,7 @@ def score_checkpoint(checkpoint: Any, step: int, recipe: dict[str, Any], shards:
     if parsed.validation.data:
         held_out = {"held_out_ndcg_at_10": metrics[SCORE]} if metrics else {}
         metrics |= held_out | task_metrics(student, Path(parsed.validation.data), parsed.validation.batch_tokens)
-    event = {"time": round(time.time(), 3), "step": step, "event": "validation", **metrics}
-    with (parsed.run_dir() / VALIDATIONS).open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(event) + "\n")
+    add_validation(parsed.run_dir(), step, metrics)
     return metrics
 
 

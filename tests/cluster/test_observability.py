@@ -311,7 +311,7 @@ def write_work(folder: Path, model: Path, rows: list[dict[str, Any]]) -> None:
         "data": {"sources": [{"path": str(folder / "rows.jsonl")}]},
         "student": {"path": str(model), "max_tokens": 32},
         "guide": {"path": str(model)},
-        "train": {"batch_size": 16, "epochs": 14, "learning_rate": 1e-3, "checkpoint_steps": 60},
+        "train": {"batch_size": 16, "epochs": 42, "learning_rate": 1e-3, "checkpoint_steps": 60},
         "validation": {"rows": 16},
         "cluster": {"num_workers": 2},
     }

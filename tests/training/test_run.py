@@ -18,6 +18,7 @@ from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.checkpoint import SavedState, progress_of, student_folder
 from gist_ray.training.run import train
 from gist_ray.training.validation import held_out_rows, score
+from tests.test_metrics import curve
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -132,6 +133,8 @@ def test_the_best_checkpoint_is_the_result(tiny_model: Path, verse_rows, tmp_pat
     scores = {line["step"]: line["score"] for line in read_metrics(out / "validation.jsonl")}
     assert manifest is not None and progress is not None
     assert len(scores) == 4 and manifest["validation"] == max(scores.values()) == scores[progress["step"]]
+    board = {step: pytest.approx(value) for step, value in curve(recipe.run_dir(), "validation/score", "validation")}
+    assert board == scores  # also of the last checkpoint, which was scored when worker 0 had ended
     assert progress["step"] < progress["total_steps"]
     opened = Shards.open(recipe.shards_dir())
     again = score(Encoder.load(out / "student"), opened, held_out_rows(opened.triplets, 40, recipe.train.seed))

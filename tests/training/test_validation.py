@@ -22,14 +22,13 @@ from gist_ray.data.shards import NO_LABEL, Shards, Triplets
 from gist_ray.encoder import Encoder
 from gist_ray.errors import InputError
 from gist_ray.evaluation.tasks import local_tasks
-from gist_ray.metrics import read_metrics
+from gist_ray.metrics import VALIDATIONS, read_metrics
 from gist_ray.recipe_file import parse_recipe
 from gist_ray.training import validation
 from gist_ray.training.checkpoint import Snapshot, progress_of
 from gist_ray.training.validation import (
     SCORE,
     UNSCORED,
-    VALIDATIONS,
     Score,
     best_checkpoint,
     held_out_rows,
