@@ -11,6 +11,7 @@ from typing import Any
 import mteb
 
 from gist_ray.errors import InputError
+from gist_ray.evaluation.labels import list_labels
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class EvalTask:
                 f"the data of task {self.name} cannot be had from the Hub ({reason}); "
                 "check the network, or put the task's files in a folder and give that as data"
             ) from error
+        list_labels(task)
         return task, tuple(getattr(task, "notes", ()))
 
 

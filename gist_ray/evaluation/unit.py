@@ -51,6 +51,8 @@ class UnitResult:
 
 def ready() -> None:
     """Import what `scored` needs, which takes as long as a small task."""
+    import sentence_transformers  # noqa: F401  # mteb does, at its first evaluation
+
     import gist_ray.evaluation.items
     import gist_ray.evaluation.mteb_encoder  # noqa: F401
 

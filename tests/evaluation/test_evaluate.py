@@ -93,7 +93,8 @@ def test_what_each_task_took_is_told(report_dir):
     for name, row in rows.items():
         cost = row["cost"]
         assert 0 < cost["distinct"] <= cost["texts"] and cost["cached"] <= cost["distinct"], name
-        assert cost["encode_s"] > 0 and cost["score_s"] > 0 and row["seconds"] > 0, name
+        assert cost["score_s"] > 0 and row["seconds"] > 0, name
+        assert cost["encode_s"] > 0 or cost["cached"] == cost["distinct"], name
     assert "Time and cost" in (report_dir / "report.html").read_text()
 
 
