@@ -4,7 +4,8 @@
     python serve/loadtest.py http://127.0.0.1:8000 --rate 200 --seconds 20 --html report.html
 
 A closed loop asks for the next answer when it has the last, so it hides how long people would wait; an open loop sends
-on time whether or not the server keeps up. Needs aiohttp, which Ray brings along. Loopback or your own server only.
+on time whether or not the server keeps up. Needs httptools and uvloop, which `ray[serve]` brings along: a client beside
+the server takes its CPU, and theirs is less than that of a whole HTTP library. Loopback or your own server only.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
-import aiohttp
+import httptools
 import numpy as np
+import uvloop
 
 LONGEST_S = 120.0
 PERCENTILES = (50, 90, 95, 99)
@@ -73,10 +77,103 @@ class Target:
         tree = {"input": list(texts), "encoding_format": "base64"} | ({"model": self.model} if self.model else {})
         return json.dumps(tree).encode()
 
-    def headers(self) -> dict[str, str]:
-        """Content type, and the API key if there is one."""
-        key = {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        return {"content-type": "application/json", **key}
+    def head(self) -> bytes:
+        """Request line and headers, but for the length of the body; with the API key if there is one."""
+        url = urlsplit(self.url)
+        key = f"authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        path = url.path + (f"?{url.query}" if url.query else "")
+        return f"POST {path} HTTP/1.1\r\nhost: {url.netloc}\r\n{key}content-type: application/json\r\n".encode()
+
+
+class _Connection(asyncio.Protocol):
+    """A connection that is kept: one request, its answer, the next request."""
+
+    def __init__(self) -> None:
+        self._transport: Any = None
+        self._answer: asyncio.Future[int] | None = None
+        self._parser = httptools.HttpResponseParser(self)
+
+    async def ask(self, request: bytes) -> int:
+        """Status of the answer, -1 if there is none or it is not whole."""
+        loop = asyncio.get_running_loop()
+        self._answer = loop.create_future()
+        late = loop.call_later(LONGEST_S, self._transport.abort)
+        self._transport.write(request)
+        try:
+            return await self._answer
+        finally:
+            late.cancel()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another request can be sent."""
+        return not self._transport.is_closing()
+
+    def close(self) -> None:
+        """End it."""
+        self._transport.close()
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.close()
+            self._end(-1)
+
+    def on_message_complete(self) -> None:
+        """The parser's: an answer is whole."""
+        status = self._parser.get_status_code()
+        if status >= 200:  # not a 100 that says that there is more to come
+            if not self._parser.should_keep_alive():
+                self.close()
+            self._end(status)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end(-1)
+
+    def _end(self, status: int) -> None:
+        if self._answer and not self._answer.done():
+            self._answer.set_result(status)
+
+
+class _Client:
+    """As many connections to a target as there are requests at a time."""
+
+    def __init__(self, target: Target) -> None:
+        self._target, self._head = target, target.head()
+        self._idle: list[_Connection] = []
+
+    async def ask(self, texts: Sequence[str]) -> int:
+        """Status of the answer, -1 for none."""
+        body = self._target.body(texts)
+        try:
+            connection = await self._connected()
+        except (OSError, TimeoutError, asyncio.TimeoutError):
+            return -1
+        status = await connection.ask(b"%scontent-length: %d\r\n\r\n%s" % (self._head, len(body), body))
+        if connection.is_open:
+            self._idle.append(connection)
+        return status
+
+    def close(self) -> None:
+        """End all connections."""
+        for connection in self._idle:
+            connection.close()
+
+    async def _connected(self) -> _Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open:
+                return connection
+        url = urlsplit(self._target.url)
+        secure = url.scheme == "https"
+        made = asyncio.get_running_loop().create_connection(
+            _Connection, url.hostname or "", url.port or (443 if secure else 80), ssl=secure or None
+        )
+        return (await asyncio.wait_for(made, LONGEST_S))[1]
 
 
 def batched(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
@@ -89,71 +186,56 @@ def closed_loop(
     target: Target, requests: Iterable[Sequence[str]], concurrency: int, *, seconds: float, warm_s: float = 0.0
 ) -> Load:
     """`concurrency` clients, each asking for the next answer when it has one; the first `warm_s` do not count."""
-    return asyncio.run(_closed_loop(target, iter(requests), concurrency, seconds, warm_s))
+    return uvloop.run(_closed_loop(target, iter(requests), concurrency, seconds, warm_s))
 
 
 def open_loop(target: Target, requests: Iterable[Sequence[str]], rate: float, *, seconds: float) -> Load:
     """`rate` requests a second, at random times (Poisson), whether or not those before are answered."""
-    return asyncio.run(_open_loop(target, iter(requests), rate, seconds))
+    return uvloop.run(_open_loop(target, iter(requests), rate, seconds))
 
 
 async def _closed_loop(
     target: Target, requests: Iterator[Sequence[str]], concurrency: int, seconds: float, warm_s: float
 ) -> Load:
-    load, start = Load(), time.perf_counter() + warm_s
+    load, client, start = Load(), _Client(target), time.perf_counter() + warm_s
     end = start + seconds
 
-    async def client(session: aiohttp.ClientSession) -> None:
+    async def one_after_another() -> None:
         while time.perf_counter() < end:
             texts = next(requests)
             began = time.perf_counter()
-            status = await _ask(session, target, target.body(texts))
+            status = await client.ask(texts)
             ended = time.perf_counter()
             if start <= ended <= end:
                 load.answers.append((began - start, ended - began, status))
                 load.texts += len(texts) if status == 200 else 0
 
-    async with _session(target, concurrency) as session:
-        await asyncio.gather(*(client(session) for _ in range(concurrency)))
+    await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
+    client.close()
     load.seconds = seconds
     return load
 
 
 async def _open_loop(target: Target, requests: Iterator[Sequence[str]], rate: float, seconds: float) -> Load:
-    load, random = Load(), np.random.default_rng(0)
+    load, client, random = Load(), _Client(target), np.random.default_rng(0)
 
-    async def one(session: aiohttp.ClientSession, began: float, texts: Sequence[str]) -> None:
-        status = await _ask(session, target, target.body(texts))
+    async def one(began: float, texts: Sequence[str]) -> None:
+        status = await client.ask(texts)
         load.answers.append((began - start, time.perf_counter() - began, status))
         load.texts += len(texts) if status == 200 else 0
 
-    async with _session(target, 0) as session:
-        start = at = time.perf_counter()
-        waiting: set[asyncio.Task[None]] = set()
-        while at < start + seconds:
-            await asyncio.sleep(max(0.0, at - time.perf_counter()))
-            task = asyncio.create_task(one(session, at, next(requests)))  # from when it was due: no pause is hidden
-            waiting.add(task)
-            task.add_done_callback(waiting.discard)
-            at += float(random.exponential(1 / rate))
-        await asyncio.gather(*waiting)
-        load.seconds = time.perf_counter() - start  # until the last answer: what still waited is no extra speed
+    start = at = time.perf_counter()
+    waiting: set[asyncio.Task[None]] = set()
+    while at < start + seconds:
+        await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        task = asyncio.create_task(one(at, next(requests)))  # from when it was due: no pause is hidden
+        waiting.add(task)
+        task.add_done_callback(waiting.discard)
+        at += float(random.exponential(1 / rate))
+    await asyncio.gather(*waiting)
+    client.close()
+    load.seconds = time.perf_counter() - start  # until the last answer: what still waited is no extra speed
     return load
-
-
-def _session(target: Target, connections: int) -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(limit=connections, keepalive_timeout=60)
-    timeout = aiohttp.ClientTimeout(total=LONGEST_S)
-    return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=target.headers(), trust_env=False)
-
-
-async def _ask(session: aiohttp.ClientSession, target: Target, body: bytes) -> int:
-    try:
-        async with session.post(target.url, data=body) as answer:
-            await answer.read()
-            return answer.status
-    except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError):
-        return -1
 
 
 def summary(load: Load) -> dict[str, object]:
