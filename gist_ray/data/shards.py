@@ -43,15 +43,19 @@ class Triplets:
 
     def negatives_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Text ids of all negatives of `rows`, in row order."""
-        starts, stops = self.negative_starts[rows], self.negative_starts[rows + 1]
-        counts = stops - starts
+        starts, counts = self.negative_starts[rows], self.num_negatives(rows)
         offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         found: npt.NDArray[np.int64] = self.negatives[np.repeat(starts, counts) + offsets]
         return found
 
+    def num_negatives(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many negatives each of `rows` has."""
+        counts: npt.NDArray[np.int64] = self.negative_starts[rows + 1] - self.negative_starts[rows]
+        return counts
+
     def chosen(self, rows: npt.NDArray[np.int64]) -> Triplets:
         """Some of the rows, in the order given."""
-        counts = self.negative_starts[rows + 1] - self.negative_starts[rows]
+        counts = self.num_negatives(rows)
         return Triplets(
             query=self.query[rows],
             positive=self.positive[rows],

@@ -68,6 +68,8 @@ class WorkerBatch:
     """`[size]`."""
     negative: Tensor
     """`[negatives]`, of all rows."""
+    owners: Tensor
+    """`[negatives]` places of their rows among the `size` ones."""
     own_rows: Tensor
     """`[rows]` places of this worker's rows among the `size` ones."""
     tokens: int
@@ -92,7 +94,7 @@ def make_batch(encoder: Encoder, shards: Shards, batch: Ids, recipe: Recipe, ran
 
     chunks = [_chunk(encoder, shards, number, ids) for number, ids in chunks_of[rank]]
     guided = recipe.loss.guide == "frozen"
-    labels = shards.labels if recipe.loss.hide_same_label else None
+    labels = shards.labels if recipe.loss.hide_same_label or recipe.loss.show_other_labels else None
     return WorkerBatch(
         size=len(batch),
         rows_crc32=zlib.crc32(np.ascontiguousarray(batch).tobytes()),
@@ -106,6 +108,7 @@ def make_batch(encoder: Encoder, shards: Shards, batch: Ids, recipe: Recipe, ran
         query=places(triplets.query[batch]),
         positive=places(triplets.positive[batch]),
         negative=places(triplets.negatives_of(batch)),
+        owners=torch.from_numpy(np.repeat(np.arange(len(batch)), triplets.num_negatives(batch))),
         own_rows=torch.arange(len(batch)).tensor_split(world_size)[rank],
         tokens=int(sum(chunk.mask.sum() for chunk in chunks)),
         padded_tokens=sum(chunk.ids.numel() for chunk in chunks),

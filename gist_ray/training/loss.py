@@ -25,6 +25,8 @@ class Candidates:
     """`[n]` text ids: equal ids mean equal texts."""
     labels: Tensor | None = None
     """`[n]` numbers of labels, below 0 where none is known; None where none is known at all."""
+    owners: Tensor | None = None
+    """`[n]` row of the global batch that each hard negative stands in; None: nobody asks."""
 
     def rows(self, index: Tensor) -> Candidates:
         """The texts at `index [m]`."""
@@ -67,6 +69,8 @@ def guided_contrastive_loss(
       leave to rounding, and repeated texts, which a strict `>` can never hide;
     - so is a candidate that bears q_i's label, where labels are known (supervised contrast, arXiv 2004.11362): the
       guide knows what is similar, not what the labels tell apart;
+    - with `show_other_labels` the guide cannot hide a candidate that is known to bear another label, and with
+      `show_own_negatives` none of the row's own hard negatives (which need their `owners`);
     - the pair (q_i, p_i) itself stands apart from the candidates, so no margin can hide it;
     - a tie is no `>`, to rounding: texts with equal guide vectors fare alike on any number of workers;
     - logits and thresholds are fp32 or wider, whatever the model computes in.
@@ -97,6 +101,7 @@ def guided_contrastive_loss(
         guides=tuple(widened(vectors) for vectors in hiding),
         ids=tuple(texts.ids for texts in roles),
         labels=tuple(texts.labels for texts in roles),
+        owners=negative.owners if config.show_own_negatives else None,
     )
     loss, hidden, candidates = TiledContrast.apply(  # type: ignore[no-untyped-call]  # torch's own
         constants, *(vectors for dim in dims for vectors in dim)

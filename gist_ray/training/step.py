@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -158,6 +158,7 @@ def batch_losses(everyone: Tensor, batch: WorkerBatch, loss: LossConfig) -> RowL
     query, positive, negative = (
         pool.rows(places.to(device)) for places in (batch.query, batch.positive, batch.negative)
     )
+    negative = replace(negative, owners=batch.owners.to(device))
     return guided_contrastive_loss(query, positive, negative, batch.own_rows.to(device), loss)
 
 

@@ -39,6 +39,8 @@ class Constants:
     """Likewise, `[n]`."""
     labels: tuple[Tensor | None, ...]
     """Likewise, below 0 where none is known; all None where none is known at all."""
+    owners: Tensor | None
+    """`[negatives]` row of each hard negative, for which the guide cannot hide it; None: it can."""
 
     def blocks(self) -> list[tuple[int, int]]:
         """Roles of anchor and candidate of each block."""
@@ -120,13 +122,22 @@ class _Strip:
                 masked = ids[columns] == self.own_ids[_QUERY]
                 masked |= ids[columns] == self.own_ids[_POSITIVE]
                 labels = self.constants.labels[role]
-                if labels is not None:
+                if labels is not None and self.config.hide_same_label:
                     masked |= labels[columns] == self.own_label
                 same, guide = masked, None
                 if self.config.guide != "none":
                     guide = self.guides[anchor] @ self.constants.guides[role][columns].T
-                    masked = (guide > self.threshold).logical_or_(same)
+                    masked = guide > self.threshold
+                    if labels is not None and self.config.show_other_labels:
+                        masked &= ~self._other_label(labels[columns])
+                    if role == _NEGATIVE and self.constants.owners is not None:
+                        masked &= self.constants.owners[columns] != self.rows[:, None]
+                    masked |= same
                 yield _Tile(anchor, role, columns, same, masked, guide)
+
+    def _other_label(self, labels: Tensor) -> Tensor:
+        """Whether candidates of `labels [columns]` are known not to bear the query's: `[rows, columns]`."""
+        return (labels >= 0) & (self.own_label >= 0) & (labels != self.own_label)
 
     def logits(self, tile: _Tile, k: int, shift: Tensor) -> Tensor:
         """Of the k-th dimension, less `shift [rows, 1]`: `[rows, columns]`."""

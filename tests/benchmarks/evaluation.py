@@ -101,7 +101,7 @@ def speed_figures(quick: bool) -> list[Figure]:
         def second() -> float:
             """Another model beside the first one's cache."""
             turn = next(turns)
-            model = other_model(work / f"other-{turn}")
+            model = other_model(work / f"other-{turn}", turn)
             return ours(model, data, work / f"second-{turn}", work / "cache-0")
 
         runs = interleaved(
@@ -128,12 +128,12 @@ def speed_figures(quick: bool) -> list[Figure]:
     ]
 
 
-def other_model(folder: Path) -> Path:
-    """The same weights but one number: as dear, and nothing of the first is of use."""
+def other_model(folder: Path, turn: int) -> Path:
+    """The same weights but one number, another one each turn: as dear, and nothing that is kept is of use."""
     from gist_ray.encoder import Encoder
 
     encoder = Encoder.load(minilm())
-    next(iter(encoder.model.parameters())).data[0, 0] += 0.001
+    next(iter(encoder.model.parameters())).data[0, 0] += 0.001 * (1 + turn)
     saved: Path = encoder.save(folder)
     return saved
 

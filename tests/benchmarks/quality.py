@@ -36,7 +36,9 @@ OURS = Arm("ours", {"temperature": 0.05, "margin": 0.05, "soft_label_weight": 0.
 EXPLORED = (
     OURS,
     Arm("ours-whole", OURS.loss),
-    Arm("ours-cold", {"temperature": 0.03, "margin": 0.05, "soft_label_weight": 0.3}),
+    # What labels tell apart, and what people judged wrong, is not the guide's to hide.
+    Arm("ours-labels", {**OURS.loss, "show_other_labels": True}, OURS.train),
+    Arm("ours-judged", {**OURS.loss, "show_other_labels": True, "show_own_negatives": True}, OURS.train),
     GISTEMBED,
     NO_GUIDE,
 )

@@ -47,6 +47,9 @@ def test_workers_share_a_batch_without_talking(recipe: Recipe, world_size: int):
     assert texts[parts[0].query].tolist() == queries.tolist()
     assert texts[parts[0].positive].tolist() == shards.triplets.positive[batch].tolist()
     assert texts[parts[0].negative].tolist() == shards.triplets.negatives_of(batch).tolist()
+    for place, row in enumerate(batch):  # 0 or 2 negatives each
+        own = texts[parts[0].negative[parts[0].owners == place]]
+        assert own.tolist() == shards.triplets.negatives_of(np.array([row])).tolist()
 
 
 def test_without_a_guide_its_vectors_stay_on_the_disk(recipe: Recipe):

@@ -45,12 +45,22 @@ def paper_loss(student: dict[str, np.ndarray], guide: dict[str, np.ndarray], tem
     return np.array(losses)
 
 
-def may_be_negative(q: Candidates, p: Candidates, i: int, others: Candidates) -> Tensor:
+def may_be_negative(q: Candidates, p: Candidates, i: int, others: Candidates, config: LossConfig) -> Tensor:
     """Which of `others` row i knows nothing of, but by the guide."""
     kept = (others.ids != q.ids[i]) & (others.ids != p.ids[i])
-    if q.labels is not None and q.labels[i] >= 0:
+    if q.labels is not None and q.labels[i] >= 0 and config.hide_same_label:
         kept &= others.labels != q.labels[i]
     return kept
+
+
+def is_negative(q: Candidates, i: int, others: Candidates, config: LossConfig) -> Tensor:
+    """Which of `others` row i knows to be wrong, whatever the guide says."""
+    known = torch.zeros(len(others.ids), dtype=torch.bool)
+    if q.labels is not None and config.show_other_labels:
+        known |= torch.tensor([q.labels[i] >= 0 and label >= 0 and label != q.labels[i] for label in others.labels]) > 0
+    if others.owners is not None and config.show_own_negatives:
+        known |= others.owners == i
+    return known
 
 
 def row_by_row(parts: list[Candidates], rows: Tensor, config: LossConfig) -> RowLosses:
@@ -80,12 +90,13 @@ def row_by_row(parts: list[Candidates], rows: Tensor, config: LossConfig) -> Row
                 threshold = target - config.margin * (abs(target) if config.margin_kind == "relative" else 1)
                 guide_logits = [target[None] / config.soft_label_temperature]
             for anchor, others in blocks:
-                kept = may_be_negative(q, p, i, others)
+                kept = may_be_negative(q, p, i, others, config)
                 candidates_here += int(kept.sum())
                 if config.guide != "none":
                     similarity = guide_of(others) @ guide_of(anchor)[i]
-                    hidden_here += int((kept & (similarity > threshold)).sum())
-                    kept = kept & ~(similarity > threshold)
+                    similar = (similarity > threshold) & ~is_negative(q, i, others, config)
+                    hidden_here += int((kept & similar).sum())
+                    kept = kept & ~similar
                     guide_logits.append(similarity[kept] / config.soft_label_temperature)
                 logits.append(cosines(anchor.student[i], others.student)[kept] / config.temperature)
             log_share = torch.log_softmax(torch.cat(logits), 0)
@@ -155,6 +166,38 @@ def test_candidates_of_the_querys_label_are_hidden_and_those_of_none_are_not():
     # Of 20 rows 15 have one of three labels: each hides the 5 texts of it in qp, qq and pp, its own row's among them.
     assert losses_of(parts).candidates == 4 * 400 - 3 * 20 - 3 * 15 * 4
     assert losses_of([replace(part, labels=None) for part in parts]).candidates == 4 * 400 - 3 * 20
+    assert losses_of(parts, hide_same_label=False).candidates == 4 * 400 - 3 * 20
+
+
+def all_alike(parts: list[Candidates]) -> list[Candidates]:
+    """Texts of one guide vector: with a margin the guide hides whatever it may."""
+    return [replace(part, guide=part.guide.new_ones(part.guide.shape) / part.guide.shape[1] ** 0.5) for part in parts]
+
+
+def test_the_guide_cannot_hide_what_bears_another_label_if_so_asked():
+    parts = random_roles(0, 20, 16)
+    labels = [torch.arange(20) - 5, torch.arange(20) - 5, torch.full((20,), -1)]  # 15 rows with a label of their own
+    parts = [replace(part, labels=of_part) for part, of_part in zip(parts, labels, strict=True)]
+    alike = all_alike(parts)
+    all_hidden = losses_of(alike, margin=0.5)
+    assert all_hidden.hidden == all_hidden.candidates == 4 * 400 - 3 * 20 and not all_hidden.loss.any()
+    shown = losses_of(alike, margin=0.5, show_other_labels=True)
+    assert shown.candidates == all_hidden.candidates
+    # A row with a label is shown the 14 others that have one, in qp, qq and pp; hard negatives have none.
+    assert shown.candidates - shown.hidden == 3 * 15 * 14
+    assert not shown.loss[:5].any() and (shown.loss[5:] > 0).all()
+
+
+def test_the_guide_cannot_hide_a_rows_own_negatives_if_so_asked():
+    query, positive, negative = random_roles(0, 20, 16)
+    owners = torch.arange(20).roll(1)
+    owned = all_alike([query, positive, replace(negative, owners=owners)])
+    plain, shown = losses_of(owned, margin=0.5), losses_of(owned, margin=0.5, show_own_negatives=True)
+    assert plain.hidden == plain.candidates and not plain.loss.any()
+    assert shown.candidates - shown.hidden == 20 and shown.candidates == plain.candidates
+    theirs = negative.student[owners.argsort()]
+    logits = 100 * torch.stack([(query.student * other).sum(1) for other in (positive.student, theirs)])
+    torch.testing.assert_close(shown.loss, torch.logsumexp(logits, 0) - logits[0], rtol=1e-12, atol=1e-12)
 
 
 @st.composite
@@ -177,6 +220,9 @@ def cases(draw):
         guide=who,
         margin=draw(st.sampled_from([0.0, 0.1, -0.3, 1.0])),
         margin_kind=draw(st.sampled_from(["absolute", "relative"])),
+        hide_same_label=draw(st.booleans()),
+        show_other_labels=draw(st.booleans()),
+        show_own_negatives=draw(st.booleans()),
         contrast_queries=draw(st.booleans()),
         contrast_positives=draw(st.booleans()),
         matryoshka_dims=draw(st.sampled_from([(), (3,), (5, 2)])),
@@ -201,7 +247,9 @@ def test_equals_the_formula_whatever_the_options_and_the_tile(case):
     def outcome(how) -> tuple[RowLosses, Tensor]:
         leaf = pool.student.clone().requires_grad_()
         everyone = replace(pool, student=leaf)
-        result = how([everyone.rows(place) for place in places], rows, config)
+        query, positive, negative = (everyone.rows(place) for place in places)
+        negative = replace(negative, owners=torch.arange(len(places[2])) % len(places[0]))
+        result = how([query, positive, negative], rows, config)
         (result.loss * weights).sum().backward()
         return result, leaf.grad
 

@@ -165,9 +165,30 @@ def test_labels_hide_candidates_on_any_number_of_workers(recipe: Recipe, verse_r
     runs = {n: over_workers(on_workers(n, gradients, labelled, BATCH, LIVELY_CASES)) for n in (1, 2)}
     assert_same(runs[1], runs[2], 1e-9)
     plain = over_workers(on_workers(1, gradients, recipe, BATCH, LIVELY_CASES))
-    deaf = labelled.model_copy(update={"loss": labelled.loss.model_copy(update={"hide_same_label": False})})
+
+    def with_loss(**changes: bool) -> Recipe:
+        return labelled.model_copy(update={"loss": labelled.loss.model_copy(update=changes)})
+
+    deaf = with_loss(hide_same_label=False)
     assert_same(plain, over_workers(on_workers(1, gradients, deaf, BATCH, LIVELY_CASES)), 1e-12)
     assert runs[1][0] < 0.95 * plain[0]
+    shown = with_loss(hide_same_label=False, show_other_labels=True)
+    runs = {n: over_workers(on_workers(n, gradients, shown, BATCH, LIVELY_CASES)) for n in (1, 2)}
+    assert_same(runs[1], runs[2], 1e-9)
+    assert runs[1][0] > plain[0]
+
+
+def test_own_negatives_are_shown_on_any_number_of_workers(recipe: Recipe):
+    """Of rows of which the guide would hide everything."""
+
+    def with_loss(**changes: Any) -> Recipe:
+        return recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"margin": 1.0, **changes})})
+
+    hidden = over_workers(on_workers(1, gradients, with_loss(), BATCH, LIVELY_CASES))
+    shown = with_loss(show_own_negatives=True)
+    runs = {n: over_workers(on_workers(n, gradients, shown, BATCH, LIVELY_CASES)) for n in (1, 2)}
+    assert_same(runs[1], runs[2], 1e-9)
+    assert hidden[0] == 0 < runs[1][0]
 
 
 def test_a_student_without_layers(recipe: Recipe):
