@@ -26,11 +26,16 @@ PROTO = Path(__file__).parents[2] / "serve" / "embeddings.proto"
 Ask = Callable[..., Awaitable[Any]]
 
 
-def serving(test: Callable[[Ask, Measures], Awaitable[None]], max_queue_tokens: int = 10_000, **access: Any) -> None:
-    """Run a test against the method."""
+def serving(
+    test: Callable[[Ask, Measures], Awaitable[None]],
+    max_queue_tokens: int = 10_000,
+    delay_s: float = 0.01,
+    **access: Any,
+) -> None:
+    """Run a test against the method; a forward takes `delay_s`."""
 
     async def run() -> None:
-        engine = FakeEngine(prompts={"query": "find "}, max_tokens=64, delay_s=0.01)
+        engine = FakeEngine(prompts={"query": "find "}, max_tokens=64, delay_s=delay_s)
         models = Models(lambda place: engine, partial(Scheduler, batch_tokens=1024, max_queue_tokens=max_queue_tokens))
         await models.replace({"org/demo": "a-place"})
         measures = Measures(models, "r1")
@@ -149,7 +154,7 @@ def test_overload_says_when_to_come_back():
             assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert int(dict(error.trailing_metadata())["retry-after"]) >= 1
 
-    serving(test, max_queue_tokens=200)
+    serving(test, max_queue_tokens=200, delay_s=0.5)  # long enough for all of them to come on a busy machine
 
 
 def test_the_proto_file_describes_the_same_messages(tmp_path: Path):
