@@ -142,7 +142,7 @@ def test_under_overload_every_request_is_answered_or_shed():
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
         assert scheduler.counters.requests_shed == statuses.count(429)
 
-    serving(test, engine=FakeEngine(delay_s=0.05), max_queue_tokens=200)
+    serving(test, engine=FakeEngine(delay_s=0.5), max_queue_tokens=200)
 
 
 def test_a_fault_of_the_engine_is_a_500_without_details(caplog):
