@@ -168,11 +168,11 @@ class LossConfig(Section):
     hide_same_label: bool = True
     """Hide candidates that are known to bear the query's label: triplets of `mine` say it in `query_label`."""
     show_other_labels: bool = False
-    """Show candidates that are known to bear another label of the query's task, even if they look alike to the guide.
-    For labels that are right and that exclude each other."""
+    """Show candidates that are known to bear another label of the query's task, even if they look alike to the guide,
+    whose soft labels give them no share. For labels that are right and that exclude each other."""
     show_own_negatives: bool = False
-    """Show a row's own hard negatives to its query, even if they look right to the guide. For negatives that somebody
-    judged, such as contradictions."""
+    """Show a row's own hard negatives to its query, even if they look right to the guide, whose soft labels give them
+    no share. For negatives that somebody judged, such as contradictions."""
     contrast_queries: bool = True
     contrast_positives: bool = True
     matryoshka_dims: tuple[int, ...] = ()

@@ -69,8 +69,9 @@ def guided_contrastive_loss(
       leave to rounding, and repeated texts, which a strict `>` can never hide;
     - so is a candidate that bears q_i's label, where labels are known (supervised contrast, arXiv 2004.11362): the
       guide knows what is similar, not what the labels tell apart;
-    - with `show_other_labels` the guide cannot hide a candidate that is known to bear another label, and with
-      `show_own_negatives` none of the row's own hard negatives (which need their `owners`);
+    - with `show_other_labels` the guide has no say in a candidate that is known to bear another label, and with
+      `show_own_negatives` in none of the row's own hard negatives (which need their `owners`): it cannot hide them,
+      and its soft labels give them no share;
     - the pair (q_i, p_i) itself stands apart from the candidates, so no margin can hide it;
     - a tie is no `>`, to rounding: texts with equal guide vectors fare alike on any number of workers;
     - logits and thresholds are fp32 or wider, whatever the model computes in.

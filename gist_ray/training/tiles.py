@@ -124,20 +124,26 @@ class _Strip:
                 labels = self.constants.labels[role]
                 if labels is not None and self.config.hide_same_label:
                     masked |= labels[columns] == self.own_label
-                same, guide = masked, None
+                same, guide, judged = masked, None, None
                 if self.config.guide != "none":
                     guide = self.guides[anchor] @ self.constants.guides[role][columns].T
                     masked = guide > self.threshold
-                    if labels is not None and self.config.show_other_labels:
-                        masked &= ~self._other_label(labels[columns])
-                    if role == _NEGATIVE and self.constants.owners is not None:
-                        masked &= self.constants.owners[columns] != self.rows[:, None]
+                    judged = self._judged(role, columns)
+                    if judged is not None:
+                        masked &= ~judged
                     masked |= same
-                yield _Tile(anchor, role, columns, same, masked, guide)
+                yield _Tile(anchor, role, columns, same, masked, judged, guide)
 
-    def _other_label(self, labels: Tensor) -> Tensor:
-        """Whether candidates of `labels [columns]` are known not to bear the query's: `[rows, columns]`."""
-        return (labels >= 0) & (self.own_label >= 0) & (labels != self.own_label)
+    def _judged(self, role: int, columns: slice) -> Tensor | None:
+        """Whether a candidate is known to be wrong, whatever the guide says: `[rows, columns]`. None: nobody asks."""
+        judged, labels, owners = None, self.constants.labels[role], self.constants.owners
+        if labels is not None and self.config.show_other_labels:
+            others = labels[columns]
+            judged = (others >= 0) & (self.own_label >= 0) & (others != self.own_label)
+        if role == _NEGATIVE and owners is not None:
+            own = owners[columns] == self.rows[:, None]
+            judged = own if judged is None else judged | own
+        return judged
 
     def logits(self, tile: _Tile, k: int, shift: Tensor) -> Tensor:
         """Of the k-th dimension, less `shift [rows, 1]`: `[rows, columns]`."""
@@ -163,8 +169,15 @@ class _Tile:
     """Whether the candidate's text is the row's query or positive, or its label the query's."""
     masked: Tensor
     """Whether it is that, or hidden."""
+    judged: Tensor | None
+    """Whether it is known to be wrong: the guide neither hides it nor gives it a share. None: none is."""
     guide: Tensor | None
     """Guide similarities."""
+
+    def without_share(self, guide_logits: Tensor) -> Tensor:
+        """Guide logits, -inf where the guide has no say."""
+        shares = guide_logits.masked_fill(self.masked, -torch.inf)
+        return shares if self.judged is None else shares.masked_fill_(self.judged, -torch.inf)
 
 
 class _LogSum:
@@ -199,7 +212,7 @@ def _forward(strip: _Strip) -> tuple[Tensor, Tensor, Tensor]:
         counts += torch.stack([tile.masked.count_nonzero() - same, tile.same.numel() - same])
         if weight:
             guide_logits = strip.guide_logits(tile)
-            shares = guide_logits.masked_fill(tile.masked, -torch.inf)
+            shares = tile.without_share(guide_logits)
             shrink = guide_sum.add_(shares)
         for k, (target, total) in enumerate(zip(strip.targets, sums, strict=True)):
             logits = strip.logits(tile, k, target)
@@ -225,8 +238,7 @@ def _backward(strip: _Strip, gradient: Tensor, log_sums: Tensor, totals: list[Te
         own.append((positive * (share * scale), query * (share * scale)))
     for tile in strip.tiles():
         if weight:
-            labels = strip.guide_logits(tile).sub_(log_sums[-1]).masked_fill_(tile.masked, -torch.inf)
-            labels = _exp_(labels).mul_(weight)
+            labels = _exp_(tile.without_share(strip.guide_logits(tile).sub_(log_sums[-1]))).mul_(weight)
         for k, target in enumerate(strip.targets):
             shares = strip.logits(tile, k, target + log_sums[k]).masked_fill_(tile.masked, -torch.inf)
             _exp_(shares)

@@ -33,7 +33,7 @@ PAIRED = {"esnli": 5_000, "quora": 3_000, "medquad": 2_500, "trivia": 8_000, "wi
 MAX_WORDS = 90  # of a training text: MedQuAD's answers run to 1,500 characters
 DEVELOPMENT_PER_LABEL = {"Banking77Classification": 26}  # of train files of tasks that have no validation file
 DEVELOPMENT_ROWS = 2_000
-KEPT = ("DevVerses", "DevBooks", "DevTrivia", "DevQuestions", "DevMedicine", "DevEntailment")
+KEPT = ("DevVerses", "DevBooks", "DevTrivia", "DevQuestions", "DevMedicine", "DevEntailment", "DevGraded")
 """All development tasks but those whose labels are trained on; of the first two no text is like those trained on."""
 _SEED = 13
 
@@ -182,13 +182,19 @@ def _write_development(shared: Path, folder: Path, name: str, source: Draw, forb
 
 
 def _entailment(folder: Path, source: Draw) -> None:
-    """Is the sentence entailed, or contradicted?"""
-    pairs = [
-        {"sentence1": row["query"], "sentence2": row[column], "label": label}
-        for row in source.take(600)
-        for column, label in (("pos", 1), ("neg", 0))
-    ]
+    """Is the sentence entailed, or contradicted? And graded: entailed, of the same scene, of another."""
+    rows = source.take(600)
+    pairs, graded = [], []
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        pairs += [_pair(row["query"], row[column], label=label) for column, label in (("pos", 1), ("neg", 0))]
+        scenes = ((row["pos"], 3.0), (row["neg"], 1.0), (other["pos"], 0.0))
+        graded += [_pair(row["query"], sentence, score=score) for sentence, score in scenes]
     write(folder / "DevEntailment" / "test.jsonl", pairs)
+    write(folder / "DevGraded" / "test.jsonl", graded)
+
+
+def _pair(one: str, other: str, **truth: float) -> Row:
+    return {"sentence1": one, "sentence2": other, **truth}
 
 
 def _retrieval(name: str, documents: int, queries: int) -> Any:

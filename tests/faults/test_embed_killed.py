@@ -4,6 +4,7 @@ import hashlib
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +36,28 @@ def start(source: Path, model: Path, out: Path, workers: int = ACTORS) -> subpro
 
 
 def finish(process: subprocess.Popen[str], out: Path) -> str:
-    printed, err = process.communicate(timeout=240)
+    printed, err = process.communicate(timeout=720)
     assert process.returncode == 0, err[-3000:]
     assert printed == f"{out}\n"
     return hashlib.sha256(out.read_bytes()).hexdigest()
 
 
 def blocks(out: Path) -> dict[str, int]:
-    """The finished blocks, and which file each is."""
-    found = (out.parent / f".{out.name}.gist_ray" / ".work" / "vectors").glob("*.arrow")
-    return {file.name: file.stat().st_ino for file in found}
+    """The finished blocks, and which file each is. One is finished when its report is there, which comes second."""
+    work = out.parent / f".{out.name}.gist_ray" / ".work"
+    found = {}
+    for report in (work / "staging").glob("block-*.json"):
+        file = work / "vectors" / f"{report.stem}.arrow"
+        with suppress(FileNotFoundError):  # the end of a run removes them
+            found[file.name] = file.stat().st_ino
+    return found
 
 
 def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(source: Path, tiny_model: Path, tmp_path: Path):
     whole = finish(start(source, tiny_model, tmp_path / "whole.npy", workers=1), tmp_path / "whole.npy")
     out = tmp_path / "killed.npy"
     process = start(source, tiny_model, out)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 360
     while len(blocks(out)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     below = descendants(process.pid)

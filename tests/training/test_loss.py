@@ -94,16 +94,18 @@ def row_by_row(parts: list[Candidates], rows: Tensor, config: LossConfig) -> Row
                 candidates_here += int(kept.sum())
                 if config.guide != "none":
                     similarity = guide_of(others) @ guide_of(anchor)[i]
-                    similar = (similarity > threshold) & ~is_negative(q, i, others, config)
+                    wrong = is_negative(q, i, others, config)
+                    similar = (similarity > threshold) & ~wrong
                     hidden_here += int((kept & similar).sum())
                     kept = kept & ~similar
-                    guide_logits.append(similarity[kept] / config.soft_label_temperature)
+                    guide_logit = similarity / config.soft_label_temperature
+                    guide_logits.append(guide_logit.masked_fill(wrong, -torch.inf)[kept])
                 logits.append(cosines(anchor.student[i], others.student)[kept] / config.temperature)
             log_share = torch.log_softmax(torch.cat(logits), 0)
             loss = -log_share[0]
             if config.soft_label_weight:
                 labels = torch.softmax(torch.cat(guide_logits), 0)
-                divergence = (labels * (labels.log() - log_share)).sum()
+                divergence = (torch.special.xlogy(labels, labels) - labels * log_share).sum()
                 loss = (1 - config.soft_label_weight) * loss + config.soft_label_weight * divergence
             of_dims.append(loss)
         losses.append(torch.stack(of_dims).mean())
@@ -192,12 +194,15 @@ def test_the_guide_cannot_hide_a_rows_own_negatives_if_so_asked():
     query, positive, negative = random_roles(0, 20, 16)
     owners = torch.arange(20).roll(1)
     owned = all_alike([query, positive, replace(negative, owners=owners)])
-    plain, shown = losses_of(owned, margin=0.5), losses_of(owned, margin=0.5, show_own_negatives=True)
+    plain = losses_of(owned, margin=0.5)
     assert plain.hidden == plain.candidates and not plain.loss.any()
-    assert shown.candidates - shown.hidden == 20 and shown.candidates == plain.candidates
     theirs = negative.student[owners.argsort()]
     logits = 100 * torch.stack([(query.student * other).sum(1) for other in (positive.student, theirs)])
-    torch.testing.assert_close(shown.loss, torch.logsumexp(logits, 0) - logits[0], rtol=1e-12, atol=1e-12)
+    cross_entropy = torch.logsumexp(logits, 0) - logits[0]
+    for weight in (0.0, 0.7):  # soft labels give a negative no share, so they say what the hard one says
+        shown = losses_of(owned, margin=0.5, show_own_negatives=True, soft_label_weight=weight)
+        assert shown.candidates - shown.hidden == 20 and shown.candidates == plain.candidates
+        torch.testing.assert_close(shown.loss, cross_entropy, rtol=1e-12, atol=1e-12)
 
 
 @st.composite
