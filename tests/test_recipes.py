@@ -16,7 +16,7 @@ ROWS = 1_821_864  # of the data set, at most
 WARMUP, PEAK = 0.1, 5e-6  # of all released runs
 # Of each released run: student, its pooling, batch, nominal epochs; step and learning rate of the released checkpoint.
 RELEASED = {
-    "gist-minilm": ("sentence-transformers/all-MiniLM-L6-v2", "mean", 16, 40, 102_000, 1.12e-6),
+    "gist-all-minilm": ("sentence-transformers/all-MiniLM-L6-v2", "mean", 16, 40, 102_000, 1.12e-6),
     "gist-bge-small": ("BAAI/bge-small-en-v1.5", "cls", 16, 40, 102_000, 1.12e-6),
     "gist-bge-base": ("BAAI/bge-base-en-v1.5", "cls", 32, 80, 103_500, 1.14e-6),
     "gist-bge-large": ("BAAI/bge-large-en-v1.5", "cls", 16, 40, 171_000, 1.88e-6),
@@ -160,21 +160,35 @@ def test_check_names_the_model_that_is_missing(tmp_path: Path, capsys: pytest.Ca
     assert "Traceback" not in err and re.search(r"model \S+/\S+ is no local folder and cannot be had from the Hub", err)
 
 
+def checked(name: str, minilm: Path, tiny_model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict:
+    """What `check` derives with local rows and models."""
+    (folder / "a.jsonl").write_text(json.dumps({"query": "q", "pos": "p", "neg": "n"}) + "\n")
+    settings = {
+        "data.sources": f"[{{path: {folder}/a.jsonl}}]",
+        "student.path": str(minilm),
+        "guide.path": str(tiny_model),
+        "guide.max_tokens": "64",
+        "output_dir": str(folder),
+    }
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    assert main(["check", name, *sets]) == 0
+    derived: dict = yaml.safe_load(capsys.readouterr().out)["derived"]
+    return derived
+
+
 @every_recipe
 def test_with_local_models_and_rows_it_checks(
     name: str, minilm: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"query": "q", "pos": "p", "neg": "n"}) + "\n")
-    settings = {
-        "data.sources": f"[{{path: {tmp_path}/a.jsonl}}]",
-        "student.path": str(minilm),
-        "guide.path": str(tiny_model),
-        "guide.max_tokens": "64",
-        "output_dir": str(tmp_path),
-    }
-    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    assert main(["check", name, *sets]) == 0
-    resolved = yaml.safe_load(capsys.readouterr().out)
-    assert resolved["derived"]["student"]["max_tokens"] == 512  # not the 256 of MiniLM's folder
-    assert resolved["derived"]["student"]["pooling"] == RELEASED[name][1]
-    assert resolved["derived"]["batch"]["triplets_per_worker"] == RELEASED[name][2]
+    derived = checked(name, minilm, tiny_model, tmp_path, capsys)
+    assert derived["student"]["max_tokens"] == 512  # not the 256 of MiniLM's folder
+    assert derived["student"]["pooling"] == RELEASED[name][1]
+    assert derived["batch"]["triplets_per_worker"] == RELEASED[name][2]
+
+
+def test_our_own_recipe_checks_and_says_which_rows_it_wants(
+    minilm: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert checked("gist-minilm", minilm, tiny_model, tmp_path, capsys)["batch"]["triplets_per_worker"] == 64
+    assert main(["check", "gist-minilm"]) == 2
+    assert "mined" in capsys.readouterr().err

@@ -33,7 +33,10 @@ PAIRED = {"esnli": 5_000, "quora": 3_000, "medquad": 2_500, "trivia": 8_000, "wi
 MAX_WORDS = 90  # of a training text: MedQuAD's answers run to 1,500 characters
 DEVELOPMENT_PER_LABEL = {"Banking77Classification": 26}  # of train files of tasks that have no validation file
 DEVELOPMENT_ROWS = 2_000
-KEPT = ("DevVerses", "DevBooks", "DevTrivia", "DevQuestions", "DevMedicine", "DevEntailment", "DevGraded")
+LONG_DOCUMENTS = 1_500
+KEPT = tuple(
+    f"Dev{name}" for name in ("Verses", "Books", "Trivia", "Questions", "Medicine", "Long", "Entailment", "Graded")
+)
 """All development tasks but those whose labels are trained on; of the first two no text is like those trained on."""
 _SEED = 13
 
@@ -140,6 +143,8 @@ def write_quality_data(shared: Path, folder: Path) -> dict[str, int]:
         if held_out:
             held_out(folder / "development", source)
         pairs += [row | {"task_name": name} for row in source.take(rows)]
+        if name == "medquad":
+            _write_long(folder / "development/DevLong", source, table)
     write(folder / "paired.jsonl", pairs)
     _write_verses(folder / "development")
     return removed
@@ -159,6 +164,19 @@ def _write_verses(folder: Path) -> None:
             {"text": text, "label": book} for book, texts in books.items() for text in texts[part] if len(texts) >= 60
         ]
         write(folder / "DevBooks" / f"{split}.jsonl", some)
+
+
+def _write_long(folder: Path, source: Draw, table: list[Row]) -> None:
+    """Find the rest of an answer, uncut, by its first sentence: a statement and the long text that bears it out."""
+    uncut = {row["pos"][:200]: row["pos"] for row in table}
+    found = []
+    for row in source.take(4_000):  # not trained on
+        first, _, rest = uncut.get(row["pos"][:200], "").partition(". ")
+        if len(first.split()) >= 8 and len(rest.split()) >= MAX_WORDS:
+            found.append((first, rest))
+    found = list(dict(found[:LONG_DOCUMENTS]).items())
+    asked = [(i, first) for i, (first, _) in enumerate(found[:500])]
+    write_retrieval(folder, [rest for _, rest in found], asked)
 
 
 def _write_development(shared: Path, folder: Path, name: str, source: Draw, forbidden: set[str]) -> None:

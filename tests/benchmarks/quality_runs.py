@@ -36,8 +36,7 @@ class Study:
         """Folder of the exported model; `common` are train settings of all arms."""
         name = f"{arm.name}-{seed}"
         out = self.folder / "models" / name
-        if (out / "manifest.json").is_file():
-            return out
+        file = self.folder / "recipes" / f"{name}.yaml"
         recipe = {
             "name": name,
             "output_dir": str(self.folder / "runs"),
@@ -48,12 +47,19 @@ class Study:
             "train": {**common, **arm.train, "seed": seed, "checkpoint_steps": 1000},
             "cluster": {"num_workers": 2, "data_workers": 2},
         }
-        file = self.folder / "recipes" / f"{name}.yaml"
+        text = yaml.safe_dump(recipe)
+        if (out / "manifest.json").is_file():
+            if file.read_text(encoding="utf-8") != text:
+                raise SystemExit(f"{out} was trained with other settings; remove it, or set another GIST_RAY_QUALITY")
+            return out
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        started = time.perf_counter()
-        call("train", str(file))
-        seconds = time.perf_counter() - started
+        file.write_text(text, encoding="utf-8")
+        begun = self.folder / "recipes" / f"{name}.begun"
+        if not begun.is_file():
+            begun.write_text(json.dumps(time.time()))
+        call("train", "--resume", str(file))
+        # From the first start on: an interrupted run counts its pauses rather than forget what it had done before.
+        seconds = time.time() - json.loads(begun.read_text())
         call("export", str(self.folder / "runs" / name / "checkpoint"), str(out))
         (out / TRAIN_SECONDS).write_text(json.dumps(seconds))
         return out
