@@ -1,6 +1,6 @@
 """Quality: what the guide and its soft labels are worth on held-out tasks, beside training without them.
 
-    python tests/benchmarks/quality.py [--quick] --json OUT [--only explore study planted small]
+    python tests/benchmarks/quality.py [--quick] --json OUT [--only explore crosscheck study planted small]
 
 Models, data and reports are kept in `$GIST_RAY_QUALITY` (default: a folder in the temporary one), so an interrupted
 study goes on where it was. Needs the shared data folder beside the project, its models (`fetch_models.sh`) and the dev
@@ -20,6 +20,7 @@ import yaml
 from data import SHARED, minilm
 from figures import Figure, main
 from quality_data import KEPT, read_lines, write, write_quality_data
+from quality_peer import peer_model
 from quality_planted import planted_figures
 from quality_runs import Arm, Study, call, scores
 from quality_small import small_figures
@@ -92,6 +93,20 @@ def explore(quick: bool) -> list[Figure]:
     return figures
 
 
+def crosscheck(quick: bool) -> list[Figure]:
+    """GISTEmbed of sentence-transformers beside ours, on the development tasks: one seed, the same rows."""
+    made = data(*(("quick", 20) if quick else ("explore", 3)))
+    models = {"ours": made.model(GISTEMBED, 0, COMMON), "sentence-transformers": peer_model(made, GISTEMBED, 0, COMMON)}
+    tasks = made.folder / "data/development"
+    found = {name: scores(model, tasks, made.folder / f"crosscheck/{name}") for name, model in models.items()}
+    means = {name: sum(found[name].values()) / len(found[name]) for name in models}
+    figures = [
+        Figure(f"development: GISTEmbed by {name}, mean of all tasks", mean, "points") for name, mean in means.items()
+    ]
+    apart = abs(means["ours"] - means["sentence-transformers"])
+    return [*figures, Figure("development: GISTEmbed, the two apart", apart, "points", "<= 1")]
+
+
 def study(quick: bool) -> list[Figure]:
     """No guide, GISTEmbed and ours on the evaluation sets: equal rows, steps and settings of the optimizer."""
     made = data(*(("quick", 20) if quick else ("full", 1)))
@@ -118,4 +133,4 @@ def small(quick: bool) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    main("quality", {"explore": explore, "study": study, "planted": planted, "small": small})
+    main("quality", {"explore": explore, "crosscheck": crosscheck, "study": study, "planted": planted, "small": small})
