@@ -10,6 +10,7 @@ caches are off but where repeats are the subject.
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def ceiling_figures(quick: bool) -> list[Figure]:
             alone.turn()
             cases: dict[str, Callable[[], float]] = {
                 "alone": lambda alone=alone: alone.turn()[0],  # type: ignore[misc]
+                "beside": lambda alone=alone: beside_a_busy_core(alone),  # type: ignore[misc]
                 "many": lambda server=server, texts=texts: served(server, batched(texts, 32), 8, seconds).texts_per_s,  # type: ignore[misc]
                 "one": lambda server=server, texts=texts: served(server, batched(texts, 1), 64, seconds).texts_per_s,  # type: ignore[misc]
             }
@@ -77,12 +79,26 @@ def ceiling_figures(quick: bool) -> list[Figure]:
         name = f"short texts, {backend} fp32, one thread"
         figures += [
             median_figure(f"{name}: engine alone", runs["alone"], "texts/s"),
+            median_figure(f"{name}: alone beside a busy core / alone", ratios(runs["beside"], runs["alone"]), "x"),
             median_figure(f"{name}: served, 8 x 32", runs["many"], "texts/s"),
             median_figure(f"{name}: served, 64 x 1", runs["one"], "texts/s"),
             median_figure(f"{name}: 8 x 32 / alone", ratios(runs["many"], runs["alone"]), "x", ">= 0.90"),
             median_figure(f"{name}: 64 x 1 / alone", ratios(runs["one"], runs["alone"]), "x", ">= 0.80"),
         ]
     return figures
+
+
+def beside_a_busy_core(alone: Group) -> float:
+    """Texts a second of the engine alone while another core counts: what two cores of the machine take of each other.
+
+    What is served needs that other core, for requests, answers and who asks.
+    """
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as counting:
+        try:
+            found: float = alone.turn()[0]
+        finally:
+            counting.kill()
+    return found
 
 
 def single_figures(quick: bool) -> list[Figure]:
