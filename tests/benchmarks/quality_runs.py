@@ -62,6 +62,7 @@ class Study:
         seconds = time.time() - json.loads(begun.read_text())
         call("export", str(self.folder / "runs" / name / "checkpoint"), str(out))
         (out / TRAIN_SECONDS).write_text(json.dumps(seconds))
+        begun.unlink()
         return out
 
 
