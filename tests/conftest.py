@@ -39,7 +39,15 @@ SHARED = Path(__file__).parent.parent.parent / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, the others as they were."""
+    """The longest files first, the others as they were.
+
+    Raises:
+        pytest.UsageError: one of the longest is no file any more.
+    """
+    tests = Path(__file__).parent
+    lost = [name for name in LONGEST_FILES if not any((folder / name).is_file() for folder in (tests, tests.parent))]
+    if lost:
+        raise pytest.UsageError(f"LONGEST_FILES names {', '.join(lost)}: no such file")
     places = {name: place for place, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: places.get("/".join(item.path.parts[-2:]), len(places)))
 
