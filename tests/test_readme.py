@@ -1,6 +1,7 @@
 """The README is followed word for word: its commands must exist, its recipe must parse."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_every_command_parses():
     commands += re.findall(rf"gist-ray (?:{verbs})[^`|\n&)]*", text)
     assert len(commands) >= 10
     for command in commands:
-        _parser().parse_args(command.split()[1:])
+        _parser().parse_args(shlex.split(command)[1:])
 
 
 def test_the_two_promised_commands_are_there_and_in_ci():
