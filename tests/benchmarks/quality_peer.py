@@ -49,7 +49,7 @@ def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Pat
         schedule.step()
         optimizer.zero_grad()
         print(
-            f"\r  peer: step {step + 1} of {len(found)}, loss {float(value):.3f}", end="", file=sys.stderr, flush=True
+            f"\r  peer: step {step + 1} of {len(found)}, loss {value.item():.3f}", end="", file=sys.stderr, flush=True
         )
     print(file=sys.stderr)
     student.save(str(out))
