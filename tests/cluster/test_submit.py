@@ -40,7 +40,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         head = subprocess.Popen(command, env=clean, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     clean["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
-        deadline = time.monotonic() + 360
+        deadline = time.monotonic() + 120
         while ray(clean, "job", "list").returncode:
             assert head.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(1)
@@ -56,7 +56,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 def ray(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=360)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def submit(environment: dict[str, str], folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -71,7 +71,7 @@ def submit(environment: dict[str, str], folder: Path, *words: str) -> subprocess
 
 
 def wait_for(environment: dict[str, str], job: str, word: str) -> None:
-    deadline = time.monotonic() + 360
+    deadline = time.monotonic() + 120
     while word not in ray(environment, "job", "status", job).stdout:
         assert time.monotonic() < deadline
         time.sleep(1)
@@ -83,11 +83,11 @@ def test_it_sends_the_folder_shows_the_log_and_ends_as_the_job(environment: dict
     (tmp_path / ".rayignore").write_text("*.bin\n")
     for _ in range(2):  # the second time the id is that of a finished job
         job = submit(environment, tmp_path, "one", "bash", "-c", "cat note.txt; ls")
-        output, _ = job.communicate(timeout=540)
+        output, _ = job.communicate(timeout=180)
         assert job.returncode == 0, output
         assert "carried along" in output and "ignored.bin" not in output and output.endswith("one succeeded\n")
     job = submit(environment, tmp_path, "one", "bash", "-c", "exit 7")
-    output, _ = job.communicate(timeout=540)
+    output, _ = job.communicate(timeout=180)
     assert job.returncode == 1 and output.endswith("one failed\n")
 
 
@@ -100,11 +100,11 @@ def test_a_running_job_is_followed_and_a_stopped_one_is_no_success(environment: 
     assert ray(environment, "job", "list").stdout.count("submission_id='two'") == 1
     assert ray(environment, "job", "stop", "two").returncode == 0
     for job in (first, second):
-        output, _ = job.communicate(timeout=540)
+        output, _ = job.communicate(timeout=180)
         assert job.returncode == 1 and output.endswith("two stopped\n")
 
 
 def test_without_the_token_nothing_runs(environment: dict[str, str], tmp_path: Path):
     job = submit(environment | {"RAY_AUTH_TOKEN": "wrong" * 8}, tmp_path, "three", "true")
-    output, _ = job.communicate(timeout=540)
+    output, _ = job.communicate(timeout=180)
     assert job.returncode == 1 and "three" not in ray(environment, "job", "list").stdout, output

@@ -22,7 +22,7 @@ def tasks(*names: str) -> list[EvalTask]:
 
 def scraped_until(holds: Callable[[Samples], Any]) -> Samples:
     """Ray sends them on every 10 s, not all at once."""
-    deadline = time.monotonic() + 360
+    deadline = time.monotonic() + 120
     while not holds(found := node_metrics("ray_gist_ray_evaluation_")) and time.monotonic() < deadline:
         time.sleep(0.5)
     return found

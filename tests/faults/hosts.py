@@ -100,7 +100,7 @@ class Hosts:
 
     def wait_until_served(self) -> None:
         """Two replicas run, and each node answers."""
-        deadline = time.monotonic() + 540
+        deadline = time.monotonic() + 180
         while not (len(self.with_process(REPLICA)) == 2 and all(self.answer(node, ["a"])[0] == 200 for node in NODES)):
             assert time.monotonic() < deadline, self.run(CLIENT, "serve", "status")
             time.sleep(1)
@@ -127,7 +127,7 @@ print(json.dumps({{"asked": len(clients.asked), "failures": failures, "lost": lo
         try:
             assert process.stdout and process.stdout.readline() == "asking\n"
             yield found
-            said, _ = process.communicate("\n", timeout=450)
+            said, _ = process.communicate("\n", timeout=150)
             found |= json.loads(said.splitlines()[-1])
         finally:
             process.kill()

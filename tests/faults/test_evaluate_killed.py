@@ -32,7 +32,7 @@ def start(model: Path, data: Path, out: Path, cache: Path) -> subprocess.Popen[s
 
 
 def finish(process: subprocess.Popen[str], out: Path) -> dict[str, float]:
-    printed, err = process.communicate(timeout=900)
+    printed, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
     assert printed == f"{out}\n"
     tasks = json.loads((out / "report.json").read_text())["tasks"]
@@ -53,7 +53,7 @@ def undisturbed(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("victim", ["ray::EncoderActor.", "ray::scored"])
 def test_a_killed_process_is_made_up_for(tiny_model: Path, data: Path, tmp_path: Path, undisturbed, victim: str):
     process = start(tiny_model, data, tmp_path / "out", tmp_path / "cache")
-    deadline, pid = time.monotonic() + 360, None
+    deadline, pid = time.monotonic() + 120, None
     while pid is None and process.poll() is None and time.monotonic() < deadline:
         pid = next((pid for pid, name in descendants(process.pid).items() if name.startswith(victim)), None)
         time.sleep(0.02)
@@ -67,7 +67,7 @@ def test_a_killed_process_is_made_up_for(tiny_model: Path, data: Path, tmp_path:
 def test_a_killed_driver_leaves_what_was_scored(tiny_model: Path, data: Path, tmp_path: Path, undisturbed):
     out = tmp_path / "out"
     process = start(tiny_model, data, out, tmp_path / "cache")
-    deadline = time.monotonic() + 360
+    deadline = time.monotonic() + 120
     while not results(out) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     below = descendants(process.pid)

@@ -52,7 +52,7 @@ def start(recipe: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=720)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-3000:]
     return out.strip()
 
@@ -69,7 +69,7 @@ def segments(folder: Path) -> dict[Path, int]:
 
 
 def wait_for_segments(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 540
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
         if len(segments(folder)) >= count:
             return

@@ -24,7 +24,7 @@ from tests.evaluation.tiny_tasks import write
 from tests.faults.hosts import CLIENT, HEAD, NODES, Hosts, hosts
 from tests.faults.verse_tasks import write_verse_tasks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]  # the first test pays for both roads
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test pays for both roads
 
 KEY = "a-key-of-this-test"
 TEXTS = ["In the beginning God created the heavens and the earth.", "Jesus wept."]
@@ -103,7 +103,7 @@ with connected(recipe.cluster):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(losses(folder)) > 90
@@ -119,14 +119,14 @@ def cluster() -> Iterator[Hosts]:
 
 
 def succeeded(job: subprocess.Popen[str]) -> str:
-    said, _ = job.communicate(timeout=1200)
+    said, _ = job.communicate(timeout=400)
     assert job.returncode == 0, said[-4000:]
     return said
 
 
 def when(holds: Callable[[], Any], job: subprocess.Popen[str], what: str) -> None:
     """Wait until it holds, while the job runs."""
-    deadline = time.monotonic() + 540
+    deadline = time.monotonic() + 180
     while not holds():
         if job.poll() is not None or time.monotonic() > deadline:
             job.kill()

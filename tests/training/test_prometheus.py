@@ -43,7 +43,7 @@ def test_a_scrape_of_ray_has_the_metrics_of_the_run():
     ray.get(worker.train.remote())
     # Ray sends them on every 10 s, not all at once.
     wanted = {"loss", "step", "examples_per_s", "validation_score", "phase_seconds", "steps_total", "events_total"}
-    deadline, found = time.monotonic() + 360, {}
+    deadline, found = time.monotonic() + 120, {}
     while not wanted <= set(found) and time.monotonic() < deadline:
         time.sleep(0.5)
         found = scraped()
