@@ -191,4 +191,4 @@ def test_our_own_recipe_checks_and_says_which_rows_it_wants(
 ):
     assert checked("gist-minilm", minilm, tiny_model, tmp_path, capsys)["batch"]["triplets_per_worker"] == 64
     assert main(["check", "gist-minilm"]) == 2
-    assert "mined" in capsys.readouterr().err
+    assert "source mined does not exist" in capsys.readouterr().err

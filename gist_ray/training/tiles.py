@@ -174,10 +174,10 @@ class _Tile:
     guide: Tensor | None
     """Guide similarities."""
 
-    def without_share(self, guide_logits: Tensor) -> Tensor:
-        """Guide logits, -inf where the guide has no say."""
-        shares = guide_logits.masked_fill(self.masked, -torch.inf)
-        return shares if self.judged is None else shares.masked_fill_(self.judged, -torch.inf)
+    def without_share_(self, guide_logits: Tensor) -> Tensor:
+        """Guide logits, made -inf where the guide has no say."""
+        guide_logits.masked_fill_(self.masked, -torch.inf)
+        return guide_logits if self.judged is None else guide_logits.masked_fill_(self.judged, -torch.inf)
 
 
 class _LogSum:
@@ -212,7 +212,7 @@ def _forward(strip: _Strip) -> tuple[Tensor, Tensor, Tensor]:
         counts += torch.stack([tile.masked.count_nonzero() - same, tile.same.numel() - same])
         if weight:
             guide_logits = strip.guide_logits(tile)
-            shares = tile.without_share(guide_logits)
+            shares = tile.without_share_(guide_logits.clone())
             shrink = guide_sum.add_(shares)
         for k, (target, total) in enumerate(zip(strip.targets, sums, strict=True)):
             logits = strip.logits(tile, k, target)
@@ -238,7 +238,7 @@ def _backward(strip: _Strip, gradient: Tensor, log_sums: Tensor, totals: list[Te
         own.append((positive * (share * scale), query * (share * scale)))
     for tile in strip.tiles():
         if weight:
-            labels = _exp_(tile.without_share(strip.guide_logits(tile).sub_(log_sums[-1]))).mul_(weight)
+            labels = _exp_(tile.without_share_(strip.guide_logits(tile).sub_(log_sums[-1]))).mul_(weight)
         for k, target in enumerate(strip.targets):
             shares = strip.logits(tile, k, target + log_sums[k]).masked_fill_(tile.masked, -torch.inf)
             _exp_(shares)

@@ -10,14 +10,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from quality_data import Row, read_lines
-from quality_runs import Arm, Study
+from quality_runs import GUIDE_MAX_TOKENS, Arm, Study
+
+from gist_ray.config import TrainConfig
 
 COLUMNS = ("query", "pos", "neg")
-WARMUP = 0.1
 
 
 def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Path:
-    """Folder of the model that `GISTEmbedLoss` makes of the rows of `study`, with the temperature of `arm`."""
+    """Folder of the model that `GISTEmbedLoss` makes of the rows of `study`, with the temperature of `arm`.
+
+    Optimizer and schedule are as ours have them: AdamW, and what a recipe with these settings says.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
     from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
@@ -28,11 +32,12 @@ def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Pat
         return out
     torch.manual_seed(seed)
     student, guide = (SentenceTransformer(str(path), device="cpu") for path in (study.student, study.guide))
-    guide.max_seq_length = 128
+    guide.max_seq_length = GUIDE_MAX_TOKENS
+    train = TrainConfig(**common, **arm.train)
     loss = GISTEmbedLoss(student, guide.eval().requires_grad_(False), temperature=arm.loss["temperature"])
-    found = batches(rows_of(study), common["batch_size"], seed)
-    optimizer = torch.optim.AdamW(student.parameters(), common["learning_rate"], weight_decay=common["weight_decay"])
-    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP * len(found)), len(found))
+    found = batches(rows_of(study), train.batch_size, seed)
+    optimizer = torch.optim.AdamW(student.parameters(), train.learning_rate, weight_decay=train.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, train.warmup_steps(len(found)), len(found))
     collator = SentenceTransformerDataCollator(preprocess_fn=student.preprocess)
     student.train()
     for step, rows in enumerate(found):
@@ -44,7 +49,7 @@ def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Pat
         ]
         value = loss(features, torch.empty(0))
         value.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), train.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 TRAIN_SECONDS = "train-seconds.json"
+GUIDE_MAX_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Study:
             "output_dir": str(self.folder / "runs"),
             "data": {"sources": [{"path": str(source)} for source in self.sources]},
             "student": {"path": str(self.student), **arm.student},
-            "guide": {"path": str(self.guide), "max_tokens": 128, "vectors_dir": str(self.vectors)},
+            "guide": {"path": str(self.guide), "max_tokens": GUIDE_MAX_TOKENS, "vectors_dir": str(self.vectors)},
             "loss": arm.loss,
             "train": {**common, **arm.train, "seed": seed, "checkpoint_steps": 1000},
             "cluster": {"num_workers": 2, "data_workers": 2},
