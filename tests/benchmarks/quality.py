@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from data import SHARED, minilm
 from figures import Figure, main
-from quality_data import KEPT, LABELLED, PAIRED, read_lines, write, write_quality_data
+from quality_data import KEPT, LABELLED, MAX_ROWS_OF_A_TEXT, PAIRED, read_lines, write, write_quality_data
 from quality_peer import peer_model
 from quality_planted import planted_figures
 from quality_runs import GUIDE_MAX_TOKENS, Arm, Study, call, scores
@@ -33,7 +33,7 @@ WORK = Path(os.environ.get("GIST_RAY_QUALITY", Path(tempfile.gettempdir()) / "gi
 MODELS = Path(os.environ.get("GIST_RAY_MODELS", Path.home() / ".cache/gist-ray/models"))
 
 RECIPE = yaml.safe_load((RECIPES_DIR / "gist-minilm.yaml").read_text(encoding="utf-8"))
-COMMON = {key: RECIPE["train"][key] for key in ("batch_size", "learning_rate", "epochs", "weight_decay")}
+COMMON = {key: RECIPE["train"][key] for key in ("batch_size", "learning_rate", "epochs", "weight_decay", "precision")}
 PUBLISHED = {"temperature": 0.01, "hide_same_label": False}
 NO_GUIDE = Arm("no-guide", {**PUBLISHED, "guide": "none"})
 GISTEMBED = Arm("gistembed", {**PUBLISHED, "guide": "frozen"})
@@ -65,7 +65,7 @@ def data(quick: bool) -> Study:
     if not guide.is_dir():
         raise SystemExit(f"{guide} is not there; run ../shared/tools/fetch_models.sh, or set GIST_RAY_MODELS")
     folder = WORK / name
-    made_with, drawn = folder / "data/drawn.json", json.dumps([LABELLED, PAIRED, every])
+    made_with, drawn = folder / "data/drawn.json", json.dumps([LABELLED, PAIRED, MAX_ROWS_OF_A_TEXT, every])
     if not made_with.is_file():
         removed = write_quality_data(SHARED, folder / "data")
         for file in [*(folder / "data/labelled").iterdir(), folder / "data/paired.jsonl"]:

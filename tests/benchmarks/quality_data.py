@@ -31,6 +31,8 @@ LABELLED = {
 }
 PAIRED = {"esnli": 2_500, "quora": 1_500, "medquad": 1_250, "trivia": 4_000, "wikiqa": 500}
 MAX_WORDS = 90  # of a training text: MedQuAD's answers run to 1,500 characters
+# A text in more rows than its task has batches makes batches of a row or two. One of MedQuAD's would make fifty.
+MAX_ROWS_OF_A_TEXT = 4
 DEVELOPMENT_PER_LABEL = {"Banking77Classification": 26}  # of train files of tasks that have no validation file
 DEVELOPMENT_ROWS = 2_000
 LONG_DOCUMENTS = 1_500
@@ -83,7 +85,7 @@ def _is_for_training(file: Path) -> bool:
 
 
 class Draw:
-    """Rows of one set in a fixed random order, each text once, none of an evaluation set."""
+    """Rows of one set in a fixed random order: each query once, no text in many of them, none of an evaluation set."""
 
     def __init__(self, name: str, rows: Iterable[Row], columns: tuple[str, ...], forbidden: set[str]) -> None:
         """Clean the rows; `removed` counts those that share a text with an evaluation set."""
@@ -91,15 +93,18 @@ class Draw:
         order = np.random.default_rng([_SEED, *name.encode()]).permutation(len(rows))
         self.removed = 0
         self._rows: list[Row] = []
-        seen: set[str] = set()
+        queries: set[str] = set()
+        times: Counter[str] = Counter()
         for place in order:
             row = {column: _cut(rows[place].get(column)) for column in columns}
             found = [normalised(row[column]) for column in columns if isinstance(row[column], str)]
             if any(text in forbidden for text in found):
                 self.removed += 1
-            elif all(found) and found[0] not in seen and len(set(found)) == len(found):
-                seen.add(found[0])
-                self._rows.append(row)
+            elif all(found) and found[0] not in queries and len(set(found)) == len(found):
+                if max(times[text] for text in found) < MAX_ROWS_OF_A_TEXT:
+                    queries.add(found[0])
+                    times.update(found)
+                    self._rows.append(row)
 
     def take(self, count: int) -> list[Row]:
         """The next rows, at most `count`; no other call gets them."""
