@@ -20,7 +20,8 @@ COLUMNS = ("query", "pos", "neg")
 def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Path:
     """Folder of the model that `GISTEmbedLoss` makes of the rows of `study`, with the temperature of `arm`.
 
-    Optimizer and schedule are as ours have them: AdamW, and what a recipe with these settings says.
+    Optimizer and schedule are as ours have them: AdamW, and what a recipe with these settings says. It computes in
+    fp32, whatever ours does: its similarities would be taken in bf16 otherwise.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator

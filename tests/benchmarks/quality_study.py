@@ -34,12 +34,18 @@ def study_figures(study: Study, arms: Sequence[Arm], common: dict, seeds: Sequen
             found.setdefault(arm.name, []).append(scored)
     untouched = scores(study.student, tasks, reports / "untouched")
     write_table(study.folder / "scores.json", {"untouched": [untouched], **found})
+    draw_gains(untouched, found, study.folder / "gains.png")
     kind = kinds(reports / "untouched")
     gains = [{task: one[task] - untouched[task] for task in one} for one in found[ours.name]]
     # The first seed of ours, trained first, embeds the pairs; mining has embedded the labelled texts.
     seconds = [study.folder / MINE_SECONDS, study.folder / f"models/{ours.name}-{seeds[0]}" / TRAIN_SECONDS]
     minutes = sum(json.loads(file.read_text()) for file in seconds) / 60
     figures = [Figure("mining, guide table and training of ours, no vectors kept", minutes, "minutes", "<= 60")]
+    for arm in arms:  # the guide's vectors are there, but for the very first
+        files = [study.folder / f"models/{arm.name}-{seed}" / TRAIN_SECONDS for seed in seeds]
+        figures.append(
+            median_figure(f"training, {arm.name}", [json.loads(f.read_text()) / 60 for f in files], "minutes")
+        )
     figures += [Figure("mean of all tasks, untouched", np.mean(list(untouched.values())), "points")]
     for name, runs in found.items():
         figures.append(median_figure(f"mean of all tasks, {name}", [np.mean(list(run.values())) for run in runs]))
@@ -107,3 +113,26 @@ def sts_figures(gains: list[Scores]) -> list[Figure]:
 def write_table(file: Path, table: dict[str, list[Scores]]) -> None:
     """Scores by arm, run and task: what the README's table is made of."""
     file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def draw_gains(untouched: Scores, found: dict[str, list[Scores]], file: Path) -> None:
+    """Gain of each task over the untouched student: a row of dots, one a seed, for each arm."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ours = next(iter(found.values()))  # trained first
+    tasks = sorted(untouched, key=lambda task: np.mean([run[task] for run in ours]) - untouched[task])
+    fig, axis = plt.subplots(figsize=(8, 0.8 + 0.34 * len(tasks)), layout="constrained")
+    for offset, (name, runs) in zip((0.2, 0, -0.2), found.items(), strict=True):
+        gains = np.array([[run[task] - untouched[task] for task in tasks] for run in runs])
+        places = np.tile(np.arange(len(tasks)) + offset, len(runs))
+        axis.plot(gains.ravel(), places, "o", ms=4.5, alpha=0.85, label=name)
+    axis.axvline(0, color="#222222", lw=1, ls="--")
+    axis.set_yticks(range(len(tasks)), tasks, fontsize=9)
+    axis.set_xlabel("points over the untouched student; a dot is a seed")
+    axis.legend(frameon=False, loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    fig.savefig(file, dpi=120)
+    plt.close(fig)
