@@ -16,8 +16,9 @@ from gist_ray.errors import InputError
 from gist_ray.manifest import digest_of, finished, read_manifest, write_manifest
 from gist_ray.metrics import EVENTS, METRICS, TENSORBOARD, VALIDATIONS, remove_logs
 from gist_ray.training.checkpoint import KIND, STUDENT, trained_student
+from gist_ray.training.crowding import crowded_tasks
 from gist_ray.training.engine import deepspeed_config
-from gist_ray.training.loop import count_steps, train_loop
+from gist_ray.training.loop import count_steps, planner_for, train_loop
 from gist_ray.training.loss import check_dims
 from gist_ray.training.progress import progress
 from gist_ray.training.report import TRAIN_REPORT_PAGE, write_train_report
@@ -64,8 +65,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         )
     if not storage.exists():
         remove_logs(run_dir)
-    epoch_steps = count_steps(Shards.open(shards_dir), recipe)
+    shards = Shards.open(shards_dir)
+    epoch_steps = count_steps(shards, recipe)
     total_steps = sum(epoch_steps)
+    for crowded in crowded_tasks(shards, planner_for(shards, recipe).epoch(0), recipe.train.batch_size):
+        log.warning("train: %s", crowded)
     log.info("train: %d steps of %d triplets", total_steps, recipe.train.batch_size)
     log.info("train: each step in %s, curves by `tensorboard --logdir %s`", run_dir / METRICS, run_dir / TENSORBOARD)
     with connected(recipe.cluster), progress(run_dir / METRICS, total_steps), tracked(recipe, run_dir):
