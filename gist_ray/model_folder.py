@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gist_ray.config import Recipe
+from gist_ray.config import LossConfig, Recipe
 from gist_ray.data.shards import Shards
 from gist_ray.encoder import Encoder, TokenIds, fingerprint
 from gist_ray.errors import InputError
@@ -25,6 +26,9 @@ from gist_ray.training.checkpoint import student_folder
 log = logging.getLogger(__name__)
 
 KIND = "model"
+
+_LOSS = LossConfig().model_dump(mode="json")
+_TOLD = ("guide", "temperature", "margin", "margin_kind")  # options of the loss that the card has rows for
 
 
 def export(
@@ -137,6 +141,10 @@ def model_card(name: str, provenance: dict[str, Any]) -> str:
     int8 = _int8_section(provenance["int8"]) if "int8" in provenance else ""
     table = f"\n## Scores\n\n| task | type | score |\n|---|---|---|\n{scores}\n" if scores else ""
     layers = f", layers {student['layers']}" if student["layers"] is not None else ""
+    others = ", ".join(
+        f"`{key}: {json.dumps(value)}`" for key, value in loss.items() if key not in _TOLD and value != _LOSS[key]
+    )
+    options = f"| other options of the loss | {others} |\n" if others else ""
     start = f"| share of the student's first weights | {train['start_share']} |\n" if train["start_share"] else ""
     return f"""---
 library_name: sentence-transformers
@@ -172,7 +180,7 @@ print(model.similarity(vectors, vectors))
 | steps x batch | {provenance["steps"]} x {train["batch_size"]} triplets, {train["epochs"]} epochs |
 {start}| learning rate | {train["learning_rate"]}, {train["schedule"]}, warm-up {train["warmup_ratio"]} |
 | temperature, margin | {loss["temperature"]}, {loss["margin"]} ({loss["margin_kind"]}) |
-| data fingerprint | `{provenance["fingerprint"]["shards"]}` |
+{options}| data fingerprint | `{provenance["fingerprint"]["shards"]}` |
 | seed | {train["seed"]} |
 
 Training data:

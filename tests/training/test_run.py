@@ -168,7 +168,10 @@ def test_export_makes_a_folder_that_everybody_loads(trained: Recipe, tmp_path: P
     assert str(tmp_path.parent) not in card  # a card is read elsewhere
     provenance = json.loads((out / "gist_ray.json").read_text())
     assert provenance["recipe"]["name"] == "run" and provenance["steps"] > 0
-    assert "first weights" not in card
+    assert "first weights" not in card and "other options" not in card
+    provenance["recipe"]["loss"] |= {"soft_label_weight": 0.7, "show_other_labels": True}
+    told = "| other options of the loss | `show_other_labels: true`, `soft_label_weight: 0.7` |\n| data fingerprint |"
+    assert told in model_card("run", provenance)
     provenance["recipe"]["train"]["start_share"] = 0.3
     assert "| share of the student's first weights | 0.3 |\n| learning rate |" in model_card("run", provenance)
 
