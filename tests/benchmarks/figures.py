@@ -70,28 +70,33 @@ def write_json(figures: Sequence[Figure], path: Path) -> None:
     path.write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n", encoding="utf-8")
 
 
+def _parts_of_goal(figure: Figure) -> list[float]:
+    """Value and runs by the goal; what is less than a hundredth of it, or below zero, as a hundredth."""
+    limit = figure.limit()
+    assert limit
+    return [max(0.01, value / limit) for value in (figure.value, *figure.runs)]
+
+
 def draw(figures: Sequence[Figure], path: Path) -> None:
-    """Bars of value / goal for the figures with a goal, on a log scale; dots are single runs."""
+    """Bars of value / goal for the figures with a goal above zero, on a log scale; dots are single runs."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [figure for figure in figures if figure.limit()]
+    shown = [figure for figure in figures if (figure.limit() or 0) > 0]
     fig, axis = plt.subplots(figsize=(10, 1.2 + 0.55 * max(1, len(shown))), layout="constrained")
-    for place, figure in enumerate(shown):
-        limit = figure.limit()
-        assert limit is not None
-        axis.barh(place, figure.value / limit, height=0.6, color="#4c8c6b" if figure.holds else "#b5483a", alpha=0.85)
-        axis.plot([run / limit for run in figure.runs], [place] * len(figure.runs), "o", ms=4, color="#222222")
+    bars = [_parts_of_goal(figure) for figure in shown]
+    for place, (figure, parts) in enumerate(zip(shown, bars, strict=True)):
+        axis.barh(place, parts[0], height=0.6, color="#4c8c6b" if figure.holds else "#b5483a", alpha=0.85)
+        axis.plot(parts[1:], [place] * len(figure.runs), "o", ms=4, color="#222222")
         text = " ".join(part for part in (f"{figure.value:.4g}", figure.unit, f"(goal {figure.goal})") if part)
-        end = max([figure.value, *figure.runs]) / limit
-        axis.annotate(text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.annotate(text, (max(parts), place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
     axis.axvline(1, color="#222222", lw=1, ls="--")
     axis.set_yticks(range(len(shown)), [textwrap.fill(figure.name, 48) for figure in shown], fontsize=9)
     axis.invert_yaxis()
     axis.set_xscale("log")
-    ends = [value / figure.limit() for figure in shown for value in (figure.value, *figure.runs) if value > 0]
+    ends = [end for parts in bars for end in parts]
     low, high = min([0.5, *ends]), max([2.0, *ends])
     axis.set_xlim(low / 1.2, high * (high / low) ** 0.7)  # room for the text beside the longest bar
     axis.set_xlabel("value / goal (the dashed line is the goal)")
