@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 
 import numpy as np
 
 from gist_ray.data.plan import EpochPlan
 from gist_ray.data.shards import Shards
+from gist_ray.html import clip
 
 _STEPS_LEFT_UNSAID = 1.1  # times as many as the rows fill
 _SHOWN_CHARS = 60
@@ -27,7 +27,7 @@ def crowded_tasks(shards: Shards, plan: EpochPlan, batch_size: int) -> Iterator[
         text, times = _most_repeated(shards, np.unique(plan.rows[task[plan.rows] == number]))
         yield (
             f"task {shards.tasks[number]} takes {batches[number]} batches, its {rows[number]} rows would fill "
-            f"{full[number]}: {textwrap.shorten(text, _SHOWN_CHARS)!r} stands in {times} of them, and no text stands "
+            f"{full[number]}: {clip(text, _SHOWN_CHARS)!r} stands in {times} of them, and no text stands "
             "twice in a batch. Batches of a row or two teach little; keep fewer rows with such texts, or lower "
             "train.batch_size"
         )
@@ -38,6 +38,7 @@ def _most_repeated(shards: Shards, rows: np.ndarray) -> tuple[str, int]:
     some = shards.triplets.chosen(rows)
     every = np.arange(len(some))
     row = np.concatenate([every, every, np.repeat(every, np.diff(some.negative_starts))])
-    pairs = np.unique(np.stack([np.concatenate([some.query, some.positive, some.negatives]), row]), axis=1)
-    ids, times = np.unique(pairs[0], return_counts=True)
+    texts = np.concatenate([some.query, some.positive, some.negatives])
+    once = np.unique(texts * len(some) + row)  # a row may hold a text in several roles
+    ids, times = np.unique(once // len(some), return_counts=True)
     return shards.texts.texts(ids[[times.argmax()]])[0], int(times.max())

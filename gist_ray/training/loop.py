@@ -109,10 +109,9 @@ def batches_from(
         step += steps
 
 
-def count_steps(shards: Shards, recipe: Recipe) -> list[int]:
+def count_steps(planner: Planner, epochs: int) -> list[int]:
     """Optimizer steps of each epoch."""
-    planner = planner_for(shards, recipe)
-    return [len(planner.epoch(epoch)) for epoch in range(recipe.train.epochs)]
+    return [len(planner.epoch(epoch)) for epoch in range(epochs)]
 
 
 def planner_for(shards: Shards, recipe: Recipe) -> Planner:

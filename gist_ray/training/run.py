@@ -66,9 +66,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     if not storage.exists():
         remove_logs(run_dir)
     shards = Shards.open(shards_dir)
-    epoch_steps = count_steps(shards, recipe)
+    planner = planner_for(shards, recipe)
+    epoch_steps = count_steps(planner, recipe.train.epochs)
     total_steps = sum(epoch_steps)
-    for crowded in crowded_tasks(shards, planner_for(shards, recipe).epoch(0), recipe.train.batch_size):
+    for crowded in crowded_tasks(shards, planner.epoch(0), recipe.train.batch_size):
         log.warning("train: %s", crowded)
     log.info("train: %d steps of %d triplets", total_steps, recipe.train.batch_size)
     log.info("train: each step in %s, curves by `tensorboard --logdir %s`", run_dir / METRICS, run_dir / TENSORBOARD)

@@ -10,7 +10,7 @@ import pytest
 from gist_ray.config import Recipe
 from gist_ray.data.prepare import prepare
 from gist_ray.data.shards import Shards
-from gist_ray.training.loop import Preemption, Rates, batches_from, count_steps, global_metrics
+from gist_ray.training.loop import Preemption, Rates, batches_from, count_steps, global_metrics, planner_for
 from gist_ray.training.phases import PhaseClock
 from gist_ray.training.step import StepSums
 from tests.training.test_step import recipe_for
@@ -29,7 +29,7 @@ def shards(recipe: Recipe, ray_session) -> Path:
 
 def test_the_stream_of_batches_can_be_entered_anywhere(shards: Path, recipe: Recipe):
     opened = Shards.open(shards)
-    epoch_steps = count_steps(opened, recipe)
+    epoch_steps = count_steps(planner_for(opened, recipe), recipe.train.epochs)
     whole = list(batches_from(opened, recipe, epoch_steps, 0))
     assert len(epoch_steps) == 2 and [step for step, _, _ in whole] == list(range(sum(epoch_steps)))
     assert [epoch for _, epoch, _ in whole] == [0] * epoch_steps[0] + [1] * epoch_steps[1]
@@ -43,7 +43,8 @@ def test_the_stream_of_batches_can_be_entered_anywhere(shards: Path, recipe: Rec
 def test_held_out_rows_are_not_trained_on(shards: Path, recipe: Recipe):
     opened = Shards.open(shards)
     held = recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"rows": 10})})
-    shown = np.concatenate([rows for _, _, rows in batches_from(opened, held, count_steps(opened, held), 0)])
+    steps = count_steps(planner_for(opened, held), held.train.epochs)
+    shown = np.concatenate([rows for _, _, rows in batches_from(opened, held, steps, 0)])
     assert len(np.unique(shown)) <= len(opened.triplets) - 10
     assert len(shown) == 2 * len(np.unique(shown))  # two epochs
 
