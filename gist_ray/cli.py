@@ -86,7 +86,12 @@ def _export(arguments: argparse.Namespace) -> Path:
     from gist_ray.model_folder import export
 
     return export(
-        arguments.checkpoint, arguments.out, report=arguments.report, int8=arguments.int8, texts=arguments.texts
+        arguments.checkpoint,
+        arguments.out,
+        report=arguments.report,
+        int8=arguments.int8,
+        texts=arguments.texts,
+        start_share=arguments.start_share,
     )
 
 
@@ -279,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", help="folder that `gist-ray train` printed")
     sub.add_argument("out", help="new model folder")
     sub.add_argument("--report", help="finished report whose scores go into the model card")
+    sub.add_argument("--start-share", type=float, help="share of the first weights (default: the recipe's)")
     sub.add_argument("--int8", action="store_true", help="add an int8 variant for CPUs, its accuracy measured")
     sub.add_argument("--texts", help="file of lines to calibrate it with (default: the training texts)")
 

@@ -21,7 +21,7 @@ from gist_ray.int8 import CALIBRATION_TEXTS, MAX_GATE_TEXTS, PROVENANCE, quantiz
 from gist_ray.manifest import digest_files, digest_of, finished, read_manifest, write_json, write_manifest
 from gist_ray.metrics import METRICS
 from gist_ray.training.checkpoint import KIND as CHECKPOINT
-from gist_ray.training.checkpoint import student_folder
+from gist_ray.training.checkpoint import student_folder, trained_student
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +38,25 @@ def export(
     report: str | Path | None = None,
     int8: bool = False,
     texts: str | Path | None = None,
+    start_share: float | None = None,
 ) -> Path:
     """Write the model folder of a finished checkpoint and return its path; at once if it is already there.
 
     The folder loads in `SentenceTransformer`, text-embeddings-inference and `Encoder.load`. `report` is a finished
     report whose scores go into the card. `int8` adds a quantized variant for CPUs and its measured accuracy (see
     `gist_ray.int8`), calibrated with the lines of the file `texts` or, without it, the texts of the training data. With
-    `int8` and `texts`, `checkpoint` may be any model folder or Hub id.
+    `int8` and `texts`, `checkpoint` may be any model folder or Hub id. `start_share` goes before the recipe's: another
+    mean of the weights before and after, without another training.
 
     Raises:
-        InputError: not a finished checkpoint or report, or `out` holds something else; or as `quantize`.
+        InputError: not a finished checkpoint or report, `out` holds something else, or a `start_share` outside [0, 1);
+            or as `quantize`.
     """
     if texts and not int8:
         raise InputError("--texts are what int8 is calibrated with; add --int8, or leave them out")
     out = Path(out)
     made_from, provenance = _origin(checkpoint, report, int8)
+    _set_start_share(start_share, made_from, provenance)
     if int8:
         made_from["int8"] = digest_files([_text_file(texts)]) if texts else "training texts"
     if finished(out, KIND, made_from):
@@ -62,17 +66,14 @@ def export(
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a killed export
     recipe = provenance.get("recipe")
-    encoder = Encoder.load(student_folder(Path(checkpoint)) if recipe else checkpoint)
+    encoder = _encoder(checkpoint, recipe, start_share)
     provenance |= {"dim": encoder.dim, "max_tokens": encoder.max_tokens}
     if int8:  # first: it refuses before anything is written
         provenance["int8"] = quantize(encoder, _calibration(encoder, texts, recipe), unfinished, threads=_threads())
         _tell(provenance["int8"])
+    encoder.save(unfinished)
     if recipe:
-        checkpoint = Path(checkpoint)
-        shutil.copytree(student_folder(checkpoint), unfinished, dirs_exist_ok=True)
-        shutil.copyfile(checkpoint / METRICS, unfinished / METRICS)  # for the curves in the reports on this model
-    else:
-        encoder.save(unfinished)
+        shutil.copyfile(Path(checkpoint) / METRICS, unfinished / METRICS)  # for the curves in the reports on this model
     write_json(unfinished / PROVENANCE, provenance)
     if recipe:
         (unfinished / "README.md").write_text(model_card(recipe["name"], provenance), encoding="utf-8")
@@ -95,6 +96,29 @@ def _origin(checkpoint: str | Path, report: str | Path | None, int8: bool) -> tu
     made_from = {"checkpoint": digest_of(manifest["fingerprint"]), "scores": digest_of(scores)}
     kept = {name: manifest[name] for name in ("recipe", "fingerprint", "steps")}
     return made_from, {**kept, "scores": scores}
+
+
+def _set_start_share(share: float | None, made_from: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """As if the recipe had said so."""
+    if share is None:
+        return
+    if "recipe" not in provenance:
+        raise InputError(
+            "--start-share needs a checkpoint of `gist-ray train`, which has the weights of before and after"
+        )
+    if not 0 <= share < 1:
+        raise InputError(f"--start-share {share} is not in [0, 1): 0 is the trained weights alone; give 0.3, say")
+    recipe = provenance["recipe"]
+    provenance["recipe"] = {**recipe, "train": {**recipe["train"], "start_share": share}}
+    made_from["start_share"] = share
+
+
+def _encoder(checkpoint: str | Path, recipe: dict[str, Any] | None, start_share: float | None) -> Encoder:
+    if recipe is None:
+        return Encoder.load(checkpoint)
+    if start_share is None:
+        return Encoder.load(student_folder(Path(checkpoint)))
+    return trained_student(Recipe.model_validate(recipe), Path(checkpoint))
 
 
 def _calibration(encoder: Encoder, texts: str | Path | None, recipe: dict[str, Any] | None) -> Sequence[TokenIds]:

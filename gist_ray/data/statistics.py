@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gist_ray.data.sketch import Hashes, Sketch
+from gist_ray.html import clip
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -304,9 +305,9 @@ def _example(view: _PieceView, i: int, badness: float, negative: int) -> Example
         badness=badness,
         row_hash=int(view.row_hash[i]),
         row=int(rows.row[i]),
-        query=_clipped(query),
-        positive=_clipped(positive),
-        negative=_clipped(negatives[negative - int(rows.negative_starts[i])]) if has_negative else None,
+        query=clip(query, _EXAMPLE_CHARS),
+        positive=clip(positive, _EXAMPLE_CHARS),
+        negative=clip(negatives[negative - int(rows.negative_starts[i])], _EXAMPLE_CHARS) if has_negative else None,
         tokens=[*tokens, int(rows.negative_tokens[negative])] if has_negative else tokens,
         guide_positive=float(rows.guide_positive[i]),
         guide_negative=float(rows.guide_negative[negative]) if has_negative else None,
@@ -319,10 +320,6 @@ def _worst(examples: list[Example]) -> tuple[Example, ...]:
     for example in ordered:
         first.setdefault(example.row_hash, example)
     return tuple(list(first.values())[:EXAMPLES_KEPT])
-
-
-def _clipped(text: str) -> str:
-    return text if len(text) <= _EXAMPLE_CHARS else text[: _EXAMPLE_CHARS - 1] + "…"
 
 
 def _largest(values: npt.NDArray[Any], starts: Ints) -> Ints:

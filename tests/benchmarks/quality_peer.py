@@ -20,8 +20,7 @@ COLUMNS = ("query", "pos", "neg")
 def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Path:
     """Folder of the model that `GISTEmbedLoss` makes of the rows of `study`, with the temperature of `arm`.
 
-    Optimizer and schedule are as ours have them: AdamW, and what a recipe with these settings says. It computes in
-    fp32, whatever ours does: its similarities would be taken in bf16 otherwise.
+    Optimizer, schedule and precision are as ours have them: AdamW, and what a recipe with these settings says.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
@@ -35,6 +34,9 @@ def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Pat
     student, guide = (SentenceTransformer(str(path), device="cpu") for path in (study.student, study.guide))
     guide.max_seq_length = GUIDE_MAX_TOKENS
     train = TrainConfig(**common, **arm.train)
+    if train.precision == "bf16":
+        for model in (student, guide):
+            compute_in_bf16(model[0].auto_model)
     loss = GISTEmbedLoss(student, guide.eval().requires_grad_(False), temperature=arm.loss["temperature"])
     found = batches(rows_of(study), train.batch_size, seed)
     optimizer = torch.optim.AdamW(student.parameters(), train.learning_rate, weight_decay=train.weight_decay)
@@ -60,6 +62,19 @@ def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Pat
     print(file=sys.stderr)
     student.save(str(out))
     return out
+
+
+def compute_in_bf16(transformer: torch.nn.Module) -> None:
+    """Its layers, in place; pooling and similarities stay in fp32, as ours have them."""
+    forward = transformer.forward
+
+    def in_bf16(*words: Any, **named: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = forward(*words, **named)
+        output.last_hidden_state = output.last_hidden_state.float()
+        return output
+
+    transformer.forward = in_bf16
 
 
 def rows_of(study: Study) -> list[Row]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gist_ray.config import Recipe
 from gist_ray.data.shards import Shards
@@ -141,12 +142,14 @@ def test_the_best_checkpoint_is_the_result(tiny_model: Path, verse_rows, tmp_pat
     assert again.metrics(opened.tasks)["score"] == pytest.approx(manifest["validation"], abs=1e-6)
 
 
-def test_adapters_are_merged_into_the_student(tiny_model: Path, verse_rows, tmp_path: Path):
+def test_adapters_are_merged_into_the_student(tiny_model: Path, verse_rows, tmp_path: Path, caplog):
     lora = {"rank": 4, "alpha": 8}
+    rows = [row | {"pos": verse_rows[0]["pos"]} if i < 12 else row for i, row in enumerate(verse_rows[:128])]
     recipe = recipe_for(
-        tmp_path, tiny_model, verse_rows[:128], train={"lora": lora, "epochs": 1, "zero_stage": 2, "batch_size": 16}
+        tmp_path, tiny_model, rows, train={"lora": lora, "epochs": 1, "zero_stage": 2, "batch_size": 16}
     )
     out = train(recipe)
+    assert "task book-0 takes 6 batches, its 64 rows would fill 4" in caplog.text  # a crowded task is told of, beside all this
     saved = SavedState(out)
     assert saved.names() and all("lora_" in name for name in saved.names())
     before, after = Encoder.load(tiny_model), Encoder.load(out / "student")
@@ -174,6 +177,21 @@ def test_export_makes_a_folder_that_everybody_loads(trained: Recipe, tmp_path: P
     assert told in model_card("run", provenance)
     provenance["recipe"]["train"]["start_share"] = 0.3
     assert "| share of the student's first weights | 0.3 |\n| learning rate |" in model_card("run", provenance)
+
+
+def test_export_mixes_in_another_share_of_the_start(trained: Recipe, tiny_model: Path, tmp_path: Path):
+    folders = tiny_model, trained.checkpoint_dir() / "student"
+    start, end = (dict(Encoder.load(folder).model.named_parameters()) for folder in folders)
+    out = export(trained.checkpoint_dir(), tmp_path / "model", start_share=0.75)
+    for name, mixed in Encoder.load(out).model.named_parameters():
+        torch.testing.assert_close(mixed, 0.75 * start[name] + 0.25 * end[name], rtol=0, atol=1e-6)
+    assert "| share of the student's first weights | 0.75 |" in (out / "README.md").read_text()
+    with pytest.raises(InputError, match="start_share: 0.75 -> null"):  # not the same model
+        export(trained.checkpoint_dir(), out)
+    with pytest.raises(InputError, match=r"--start-share 1 is not in \[0, 1\)"):
+        export(trained.checkpoint_dir(), tmp_path / "one", start_share=1)
+    with pytest.raises(InputError, match="needs a checkpoint"):
+        export(tiny_model, tmp_path / "int8", int8=True, start_share=0.5)
 
 
 def test_export_refuses_what_it_cannot_use(trained: Recipe, tmp_path: Path):
