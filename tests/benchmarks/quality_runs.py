@@ -66,6 +66,13 @@ class Study:
         begun.unlink()
         return out
 
+    def mixed(self, arm: Arm, seed: int, start_share: float) -> Path:
+        """Folder of a trained model with another share of its start."""
+        out = self.folder / "models" / f"{arm.name}-{seed}-share-{start_share}"
+        checkpoint = self.folder / "runs" / f"{arm.name}-{seed}" / "checkpoint"
+        call("export", "--start-share", str(start_share), str(checkpoint), str(out))
+        return out
+
 
 def call(verb: str, *words: str) -> float:
     """Run a verb; its seconds."""
