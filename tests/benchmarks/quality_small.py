@@ -57,7 +57,9 @@ def draw_points(means: dict[str, float], speeds: dict[str, float], file: Path) -
         axis.plot(speeds[name], mean, "o")
         axis.annotate(name, (speeds[name], mean), xytext=(5, 4), textcoords="offset points", fontsize=9)
     axis.set_xscale("log")
+    axis.margins(0.2, 0.1)  # room for the names
     axis.set_xlabel("milliseconds a text, one core")
-    axis.set_ylabel("mean score")
+    axis.set_ylabel("mean score of the development tasks")
+    axis.spines[["top", "right"]].set_visible(False)
     fig.savefig(file, dpi=120)
     plt.close(fig)
