@@ -14,17 +14,18 @@ from quality_runs import GUIDE_MAX_TOKENS, Arm, Study
 
 from gist_ray.config import TrainConfig
 
+MINI_BATCH = 32
 COLUMNS = ("query", "pos", "neg")
 
 
 def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Path:
-    """Folder of the model that `GISTEmbedLoss` makes of the rows of `study`, with the temperature of `arm`.
+    """Folder of the model that `CachedGISTEmbedLoss` makes of the rows of `study`, with the temperature of `arm`.
 
     Optimizer, schedule and precision are as ours have them: AdamW, and what a recipe with these settings says.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-    from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss
+    from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss
     from transformers import get_linear_schedule_with_warmup
 
     out = study.folder / "models" / f"peer-{seed}"
@@ -37,7 +38,9 @@ def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Pat
     if train.precision == "bf16":
         for model in (student, guide):
             compute_in_bf16(model[0].auto_model)
-    loss = GISTEmbedLoss(student, guide.eval().requires_grad_(False), temperature=arm.loss["temperature"])
+    # The plain loss pads all texts of a batch to the longest: 24 GB were not enough. This one is equal.
+    guide.eval().requires_grad_(False)
+    loss = CachedGISTEmbedLoss(student, guide, temperature=arm.loss["temperature"], mini_batch_size=MINI_BATCH)
     found = batches(rows_of(study), train.batch_size, seed)
     optimizer = torch.optim.AdamW(student.parameters(), train.learning_rate, weight_decay=train.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, train.warmup_steps(len(found)), len(found))
