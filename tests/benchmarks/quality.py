@@ -125,7 +125,7 @@ def share(quick: bool) -> list[Figure]:
 
 
 def crosscheck(quick: bool) -> list[Figure]:
-    """GISTEmbed of sentence-transformers beside ours, on the development tasks: one seed, the same quarter of the rows."""
+    """GISTEmbed of sentence-transformers beside ours, on the development tasks: one seed, a quarter of the rows."""
     made = data(quick, every=4)
     models = {"ours": made.model(GISTEMBED, 0, COMMON), "sentence-transformers": peer_model(made, GISTEMBED, 0, COMMON)}
     tasks = made.folder / "data/development"
