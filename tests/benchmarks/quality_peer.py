@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from quality_data import Row, read_lines
+from quality_data import Row
 from quality_runs import GUIDE_MAX_TOKENS, Arm, Study
 
-from gist_ray.config import TrainConfig
+from gist_ray.config import Recipe, TrainConfig
+from gist_ray.data.shards import Shards
+from gist_ray.recipe_file import load_recipe
+from gist_ray.training.loop import planner_for
 
 MINI_BATCH = 32
-COLUMNS = ("query", "pos", "neg")
+LOSSES = "losses.json"
 
 
 def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Path:
-    """Folder of the model that `CachedGISTEmbedLoss` makes of the rows of `study`, with the temperature of `arm`.
+    """Folder of the model that `CachedGISTEmbedLoss` makes, with the temperature of `arm`, of the batches of our model.
 
-    Optimizer, schedule and precision are as ours have them: AdamW, and what a recipe with these settings says.
+    Ours is trained before. Optimizer, schedule and precision are as ours have them: AdamW, and what a recipe with these
+    settings says.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
@@ -29,7 +34,7 @@ def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Pat
     from transformers import get_linear_schedule_with_warmup
 
     out = study.folder / "models" / f"peer-{seed}"
-    if (out / "modules.json").is_file():
+    if (out / LOSSES).is_file():
         return out
     torch.manual_seed(seed)
     student, guide = (SentenceTransformer(str(path), device="cpu") for path in (study.student, study.guide))
@@ -41,29 +46,29 @@ def peer_model(study: Study, arm: Arm, seed: int, common: dict[str, Any]) -> Pat
     # The plain loss pads all texts of a batch to the longest: 24 GB were not enough. This one is equal.
     guide.eval().requires_grad_(False)
     loss = CachedGISTEmbedLoss(student, guide, temperature=arm.loss["temperature"], mini_batch_size=MINI_BATCH)
-    found = batches(rows_of(study), train.batch_size, seed)
+    found = list(batches(load_recipe(study.recipe_file(arm, seed))))
     optimizer = torch.optim.AdamW(student.parameters(), train.learning_rate, weight_decay=train.weight_decay)
     schedule = get_linear_schedule_with_warmup(optimizer, train.warmup_steps(len(found)), len(found))
     collator = SentenceTransformerDataCollator(preprocess_fn=student.preprocess)
     student.train()
+    losses = []
     for step, rows in enumerate(found):
-        columns = [column for column in COLUMNS if rows[0][column]]
-        batch = collator([{column: row[column] for column in columns} for row in rows])
+        batch = collator(rows)
         features = [
             {key[len(column) + 1 :]: value for key, value in batch.items() if key.startswith(f"{column}_")}
-            for column in columns
+            for column in rows[0]
         ]
         value = loss(features, torch.empty(0))
+        losses.append(value.item())
         value.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), train.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        print(
-            f"\r  peer: step {step + 1} of {len(found)}, loss {value.item():.3f}", end="", file=sys.stderr, flush=True
-        )
+        print(f"\r  peer: step {step + 1} of {len(found)}, loss {losses[-1]:.3f}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     student.save(str(out))
+    (out / LOSSES).write_text(json.dumps(losses))
     return out
 
 
@@ -80,24 +85,13 @@ def compute_in_bf16(transformer: torch.nn.Module) -> None:
     transformer.forward = in_bf16
 
 
-def rows_of(study: Study) -> list[Row]:
-    """All rows of its sources, `mine`'s folders and files of lines."""
-    rows: list[Row] = []
-    for source in study.sources:
-        files = [source] if source.is_file() else sorted(source.glob("*.parquet"))
-        for file in files:
-            rows += pq.read_table(file).to_pylist() if file.suffix == ".parquet" else read_lines(file)
-    return rows
-
-
-def batches(rows: list[Row], batch_size: int, seed: int) -> list[list[Row]]:
-    """Each row once, in batches of one task whose rows all have a negative, or none has; all in random order."""
-    groups: dict[tuple[str, bool], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["task_name"], bool(row["neg"])), []).append(row)
-    generator = np.random.default_rng(seed)
-    found = []
-    for group in groups.values():
-        order = generator.permutation(len(group)).tolist()
-        found += [[group[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
-    return [found[i] for i in generator.permutation(len(found)).tolist() if len(found[i]) > 1]
+def batches(recipe: Recipe) -> Iterator[list[Row]]:
+    """The very batches that ours trained on; a batch has negatives if each of its rows has one."""
+    shards = Shards.open(recipe.shards_dir())
+    for rows in planner_for(shards, recipe).epoch(0):
+        some = shards.triplets.chosen(rows)
+        texts = {"query": some.query, "pos": some.positive}
+        if (np.diff(some.negative_starts) > 0).all():
+            texts["neg"] = some.negatives[some.negative_starts[:-1]]
+        columns = {name: shards.texts.texts(ids) for name, ids in texts.items()}
+        yield [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

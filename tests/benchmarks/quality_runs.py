@@ -37,7 +37,7 @@ class Study:
         """Folder of the exported model; `common` are train settings of all arms."""
         name = f"{arm.name}-{seed}"
         out = self.folder / "models" / name
-        file = self.folder / "recipes" / f"{name}.yaml"
+        file = self.recipe_file(arm, seed)
         recipe = {
             "name": name,
             "output_dir": str(self.folder / "runs"),
@@ -65,6 +65,9 @@ class Study:
         (out / TRAIN_SECONDS).write_text(json.dumps(seconds))
         begun.unlink()
         return out
+
+    def recipe_file(self, arm: Arm, seed: int) -> Path:
+        return self.folder / "recipes" / f"{arm.name}-{seed}.yaml"
 
     def mixed(self, arm: Arm, seed: int, start_share: float) -> Path:
         """Folder of a trained model with another share of its start."""
