@@ -20,6 +20,7 @@ from gist_ray.evaluation.report import read_report
 from gist_ray.int8 import CALIBRATION_TEXTS, MAX_GATE_TEXTS, PROVENANCE, quantize
 from gist_ray.manifest import digest_files, digest_of, finished, read_manifest, write_json, write_manifest
 from gist_ray.metrics import METRICS
+from gist_ray.recipe_file import parse_recipe
 from gist_ray.training.checkpoint import KIND as CHECKPOINT
 from gist_ray.training.checkpoint import student_folder, trained_student
 
@@ -55,8 +56,7 @@ def export(
     if texts and not int8:
         raise InputError("--texts are what int8 is calibrated with; add --int8, or leave them out")
     out = Path(out)
-    made_from, provenance = _origin(checkpoint, report, int8)
-    _set_start_share(start_share, made_from, provenance)
+    made_from, provenance = _origin(checkpoint, report, int8, start_share)
     if int8:
         made_from["int8"] = digest_files([_text_file(texts)]) if texts else "training texts"
     if finished(out, KIND, made_from):
@@ -84,33 +84,28 @@ def export(
     return out
 
 
-def _origin(checkpoint: str | Path, report: str | Path | None, int8: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _origin(
+    checkpoint: str | Path, report: str | Path | None, int8: bool, start_share: float | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the folder is made from, as fingerprint and as provenance; of a model that is no checkpoint, its own."""
     scores = _scores(Path(report)) if report else []
     manifest = read_manifest(Path(checkpoint))
-    if int8 and (manifest is None or manifest.get("kind") != CHECKPOINT):
+    if int8 and start_share is None and (manifest is None or manifest.get("kind") != CHECKPOINT):
         model = fingerprint(checkpoint, revision=None, max_tokens=None, pooling=None, prompt="")
         return {"model": digest_of(model), "scores": digest_of(scores)}, {"fingerprint": model, "scores": scores}
     student_folder(Path(checkpoint))  # or says what is wrong with it
     assert manifest is not None, "student_folder has checked the checkpoint"
-    made_from = {"checkpoint": digest_of(manifest["fingerprint"]), "scores": digest_of(scores)}
+    made_from: dict[str, Any] = {"checkpoint": digest_of(manifest["fingerprint"]), "scores": digest_of(scores)}
     kept = {name: manifest[name] for name in ("recipe", "fingerprint", "steps")}
+    if start_share is not None:
+        made_from["start_share"] = start_share
+        kept["recipe"] = _with_start_share(kept["recipe"], start_share)
     return made_from, {**kept, "scores": scores}
 
 
-def _set_start_share(share: float | None, made_from: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """As if the recipe had said so."""
-    if share is None:
-        return
-    if "recipe" not in provenance:
-        raise InputError(
-            "--start-share needs a checkpoint of `gist-ray train`, which has the weights of before and after"
-        )
-    if not 0 <= share < 1:
-        raise InputError(f"--start-share {share} is not in [0, 1): 0 is the trained weights alone; give 0.3, say")
-    recipe = provenance["recipe"]
-    provenance["recipe"] = {**recipe, "train": {**recipe["train"], "start_share": share}}
-    made_from["start_share"] = share
+def _with_start_share(recipe: dict[str, Any], share: float) -> dict[str, Any]:
+    tree = {**recipe, "train": {**recipe["train"], "start_share": share}}
+    return parse_recipe(tree, "--start-share").model_dump(mode="json")
 
 
 def _encoder(checkpoint: str | Path, recipe: dict[str, Any] | None, start_share: float | None) -> Encoder:
