@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 from typing_extensions import Self  # that of `typing` is not there before Python 3.11
 
 from gist_ray.config import ClusterConfig, GuideConfig, ModelConfig
+from gist_ray.counted import counted
 from gist_ray.data.guide_vectors import GuideVectors
 from gist_ray.data.shards import token_dtype_for
 from gist_ray.data.staging import check_pieces
@@ -78,12 +78,10 @@ class BlockPool:
         items = [(number, blocks, staging, names, out) for number in range(blocks)]
         done = ActorPool(self._actors).map_unordered(lambda actor, item: actor.embed.remote(*item), items)
         reports = []
-        with tqdm(total=blocks, desc=self._shown, unit="block", disable=None) as bar:
-            for report in done:
-                if "error" in report:
-                    raise InputError(report["error"])
-                reports.append(report)
-                bar.update()
+        for report in counted(done, blocks, self._shown, "block"):
+            if "error" in report:
+                raise InputError(report["error"])
+            reports.append(report)
         embedded, reused = (sum(report[key] for report in reports) for key in ("embedded", "reused"))
         log.info("%s: %d texts embedded, %d found from earlier runs", self._shown, embedded, reused)
         return sorted(reports, key=lambda report: int(report["block"]))

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from gist_ray.cluster import connected
 from gist_ray.config import DataConfig
+from gist_ray.counted import counted
 from gist_ray.data.embedders import EmbedderPool, actors_that_fit, guide_fingerprint
 from gist_ray.data.files import shown
 from gist_ray.data.miners import LABELS, QUERIES_PER_TILE, PartMiner
@@ -326,7 +326,7 @@ def _mine_all(config: MineConfig, kind: str, tasks: list[str], work: Path, outpu
     counts = Counter(triplets=0, without_negative=0, with_fewer_negatives=0, removed_by_margin=0)
     try:
         reports = ActorPool(actors).map_unordered(lambda actor, part: actor.mine.remote(*part), parts)
-        for report in tqdm(reports, total=len(parts), desc="mining", unit="part", disable=None):
+        for report in counted(reports, len(parts), "mining", "part"):
             counts.update(report)
     finally:
         for actor in actors:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from gist_ray.config import FilterConfig
+from gist_ray.counted import counted
 from gist_ray.data.report import masked_share
 from gist_ray.data.shards import Triplets, joined_triplets, read_triplets, write_triplets
 from gist_ray.data.sources import Unit
@@ -58,8 +58,7 @@ def number_all(
 
     items = ray.data.from_items([{"piece": i} for i in range(len(stems))], override_num_blocks=len(stems))
     rows = items.map(number, num_cpus=1).iter_rows()
-    bar = tqdm(rows, total=len(stems), desc="number rows", unit="piece", disable=None)
-    reports = [json.loads(row["report"]) for row in bar]
+    reports = [json.loads(row["report"]) for row in counted(rows, len(stems), "number rows", "piece")]
     reports.sort(key=lambda report: int(report["piece"]))
     starts = np.cumsum([0, *(report["rows"] for report in reports)])
     statistics = Statistics()

@@ -13,9 +13,9 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tqdm import tqdm
 
 from gist_ray.config import DataConfig
+from gist_ray.counted import counted
 from gist_ray.data.shards import NO_LABEL
 from gist_ray.data.sources import Reject, Triplet, Unit, read_unit
 from gist_ray.data.texts import Piece, text_key, write_arrow
@@ -90,7 +90,7 @@ def check_pieces(staging: Path, names: list[str], suffix: str) -> list[Path]:
 def unit_reports(
     units: int, stage: Callable[[int], dict[str, Any]], *, shown: str = "read", unit: str = "unit"
 ) -> list[dict[str, Any]]:
-    """What `stage` reports of each unit, in order, on Ray Data. `shown` and `unit` are for the progress bar.
+    """What `stage` reports of each unit, in order, on Ray Data. `shown` and `unit` are for the progress.
 
     Raises:
         InputError: of all units that raised one.
@@ -104,7 +104,7 @@ def unit_reports(
             return {**item, "report": json.dumps({"error": str(error)})}
 
     items = ray.data.from_items([{"unit": i} for i in range(units)], override_num_blocks=units)
-    rows = tqdm(items.map(read, num_cpus=1).iter_rows(), total=units, desc=shown, unit=unit, disable=None)
+    rows = counted(items.map(read, num_cpus=1).iter_rows(), units, shown, unit)
     reports = [json.loads(row["report"]) for row in sorted(rows, key=lambda row: int(row["unit"]))]
     if errors := [report["error"] for report in reports if "error" in report]:
         more = f"; and {len(errors) - _ERRORS_SHOWN} more files" if len(errors) > _ERRORS_SHOWN else ""

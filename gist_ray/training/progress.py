@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gist_ray.counted import duration
 from gist_ray.metrics import Line, Tail
 
 log = logging.getLogger(__name__)
@@ -133,11 +134,5 @@ def _facts(line: Line) -> str:
     shown = {"loss": "loss {:.3f}", "masked_share": "masked {:.1%}", "tokens_per_s": "{:,.0f} tokens/s"}
     facts = [text.format(line[name]) for name, text in shown.items() if line.get(name) is not None]
     if math.isfinite(line.get("eta_s", math.nan)):
-        facts.append(f"{_duration(line['eta_s'])} left")
+        facts.append(f"{duration(line['eta_s'])} left")
     return ", ".join(facts)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
