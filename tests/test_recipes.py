@@ -186,9 +186,10 @@ def test_with_local_models_and_rows_it_checks(
     assert derived["batch"]["triplets_per_worker"] == RELEASED[name][2]
 
 
-def test_our_own_recipe_checks_and_says_which_rows_it_wants(
-    minilm: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["gist-minilm", "gist-small"])
+def test_our_own_recipes_check_and_say_which_rows_they_want(
+    name: str, minilm: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert checked("gist-minilm", minilm, tiny_model, tmp_path, capsys)["batch"]["triplets_per_worker"] == 64
-    assert main(["check", "gist-minilm"]) == 2
+    assert checked(name, minilm, tiny_model, tmp_path, capsys)["batch"]["triplets_per_worker"] == 64
+    assert main(["check", name]) == 2
     assert "source mined does not exist" in capsys.readouterr().err

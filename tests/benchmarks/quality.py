@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from data import SHARED, minilm
 from figures import Figure, main, median_figure
-from quality_data import KEPT, LABELLED, MAX_ROWS_OF_A_TEXT, PAIRED, read_lines, write, write_quality_data
+from quality_data import KEPT, LABELLED, MAX_ROWS_OF_A_TEXT, MORE, PAIRED, read_lines, write, write_quality_data
 from quality_peer import LOSSES, peer_model
 from quality_planted import planted_figures
 from quality_runs import GUIDE_MAX_TOKENS, Arm, Study, call, scores
@@ -35,8 +35,11 @@ from gist_ray.recipe_file import RECIPES_DIR
 WORK = Path(os.environ.get("GIST_RAY_QUALITY", Path(tempfile.gettempdir()) / "gist-ray-quality"))
 MODELS = Path(os.environ.get("GIST_RAY_MODELS", Path.home() / ".cache/gist-ray/models"))
 
-RECIPE = yaml.safe_load((RECIPES_DIR / "gist-minilm.yaml").read_text(encoding="utf-8"))
-COMMON = {key: RECIPE["train"][key] for key in ("batch_size", "learning_rate", "epochs", "weight_decay", "precision")}
+RECIPE, SMALL_RECIPE = (
+    yaml.safe_load((RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("gist-minilm", "gist-small")
+)
+_COMMON = ("batch_size", "learning_rate", "epochs", "weight_decay", "precision")
+COMMON, SMALL_COMMON = ({key: recipe["train"][key] for key in _COMMON} for recipe in (RECIPE, SMALL_RECIPE))
 PUBLISHED = {"temperature": 0.01, "hide_same_label": False}
 NO_GUIDE = Arm("no-guide", {**PUBLISHED, "guide": "none"})
 GISTEMBED = Arm("gistembed", {**PUBLISHED, "guide": "frozen"})
@@ -54,10 +57,9 @@ EXPLORED = (
 )
 SHARES = (0.5, 0.6, 0.7)
 SMALL = (
-    OURS,
-    # Nothing to keep of a start that layers were taken from. Word vectors move little at a transformer's rate.
-    Arm("three-layers", OURS.loss, {}, {"layers": [0, 2, 4]}),
-    Arm("no-layers", OURS.loss, {"learning_rate": 3e-3}, {"layers": []}),
+    Arm("three-layers", SMALL_RECIPE["loss"], {}, {"layers": SMALL_RECIPE["student"]["layers"]}),
+    # Word vectors move little at a transformer's rate.
+    Arm("no-layers", SMALL_RECIPE["loss"], {"learning_rate": 3e-3}, {"layers": []}),
 )
 
 
@@ -68,10 +70,10 @@ def data(quick: bool, every: int = 1) -> Study:
     if not guide.is_dir():
         raise SystemExit(f"{guide} is not there; run ../shared/tools/fetch_models.sh, or set GIST_RAY_MODELS")
     folder = WORK / name
-    made_with, drawn = folder / "data/drawn.json", json.dumps([LABELLED, PAIRED, MAX_ROWS_OF_A_TEXT, every])
+    made_with, drawn = folder / "data/drawn.json", json.dumps([LABELLED, PAIRED, MORE, MAX_ROWS_OF_A_TEXT, every])
     if not made_with.is_file():
         removed = write_quality_data(SHARED, folder / "data")
-        for file in [*(folder / "data/labelled").iterdir(), folder / "data/paired.jsonl"]:
+        for file in [*(folder / "data/labelled").iterdir(), *(folder / "data").glob("*.jsonl")]:
             write(file, read_lines(file)[::every])
         write(folder / "data/removed.jsonl", [removed])
         made_with.write_text(drawn)
@@ -166,9 +168,14 @@ def planted(quick: bool) -> list[Figure]:
 
 
 def small(quick: bool) -> list[Figure]:
-    """Three layers, and none, trained as ours is, on the development tasks."""
+    """Three layers of ours, and none, taught by ours with the rest of the pairs too, on the development tasks."""
     made = data(quick)
-    return small_figures(made, SMALL, COMMON, made.folder / "data/development")
+    ours = made.model(OURS, 0, COMMON)
+    sources = [*made.sources, made.folder / "data/more.jsonl"]
+    taught = Study(made.folder / "taught", sources, ours, ours, made.folder / "teacher-vectors")
+    models = {"untouched": made.student, "ours": ours}
+    models |= {arm.name: taught.model(arm, 0, SMALL_COMMON) for arm in SMALL}
+    return small_figures(models, made.folder)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ LABELLED = {
     "Clinc150Intent": 750,
 }
 PAIRED = {"esnli": 1_500, "quora": 750, "medquad": 250, "trivia": 2_500, "wikiqa": 250}
+MORE = {"trivia": 8_000}  # of what is left of a paired set, for small students; without a number, all
 MAX_WORDS = 90  # of a training text: MedQuAD's answers run to 1,500 characters
 # A text in more rows than its task has batches makes batches of a row or two. One of MedQuAD's made fifty.
 MAX_ROWS_OF_A_TEXT = 4
@@ -93,11 +94,13 @@ class Draw:
         order = np.random.default_rng([_SEED, *name.encode()]).permutation(len(rows))
         self.removed = 0
         self._rows: list[Row] = []
+        self._columns = columns
+        self._held_out: set[str] = set()
         queries: set[str] = set()
         times: Counter[str] = Counter()
         for place in order:
             row = {column: _cut(rows[place].get(column)) for column in columns}
-            found = [normalised(row[column]) for column in columns if isinstance(row[column], str)]
+            found = self._normalised(row)
             if any(text in forbidden for text in found):
                 self.removed += 1
                 continue
@@ -111,6 +114,19 @@ class Draw:
         """The next rows, at most `count`; no other call gets them."""
         taken, self._rows = self._rows[:count], self._rows[count:]
         return taken
+
+    def hold_out(self, count: int) -> list[Row]:
+        """The next rows, for development; `take_apart` keeps away from their texts."""
+        taken = self.take(count)
+        self._held_out.update(text for row in taken for text in self._normalised(row))
+        return taken
+
+    def take_apart(self, count: int) -> list[Row]:
+        """The next rows that share no text with one that was held out; they are still there for other calls."""
+        return [row for row in self._rows if self._held_out.isdisjoint(self._normalised(row))][:count]
+
+    def _normalised(self, row: Row) -> list[str]:
+        return [normalised(row[column]) for column in self._columns if isinstance(row[column], str)]
 
     def take_per_label(self, count: int) -> list[Row]:
         """The next `count` rows of each label."""
@@ -128,7 +144,7 @@ def _cut(value: Any) -> Any:
 
 
 def write_quality_data(shared: Path, folder: Path) -> dict[str, int]:
-    """Write `labelled/`, `paired.jsonl` and the tasks of `development/`.
+    """Write `labelled/`, `paired.jsonl`, `more.jsonl` and the tasks of `development/`.
 
     Returns how many rows of each set were left out for a text that they share with an evaluation set.
     """
@@ -141,6 +157,7 @@ def write_quality_data(shared: Path, folder: Path) -> dict[str, int]:
         task = [row | {"task_name": name} for row in source.take(rows)]
         write(folder / "labelled" / f"{name}.jsonl", task)
     pairs: list[Row] = []
+    more: list[Row] = []
     for name, rows in PAIRED.items():
         table = pq.read_table(shared / "train" / f"{name}.parquet").to_pylist()
         source = Draw(name, table, ("query", "pos", "neg"), forbidden)
@@ -151,7 +168,9 @@ def write_quality_data(shared: Path, folder: Path) -> dict[str, int]:
         pairs += [row | {"task_name": name} for row in source.take(rows)]
         if name == "medquad":
             _write_long(folder / "development/DevLong", source, table)
+        more += [row | {"task_name": name} for row in source.take_apart(MORE.get(name, len(table)))]
     write(folder / "paired.jsonl", pairs)
+    write(folder / "more.jsonl", more)
     _write_verses(folder / "development")
     return removed
 
@@ -175,12 +194,13 @@ def _write_verses(folder: Path) -> None:
 def _write_long(folder: Path, source: Draw, table: list[Row]) -> None:
     """Find the rest of an answer, uncut, by its first sentence: a statement and the long text that bears it out."""
     uncut = {row["pos"][:200]: row["pos"] for row in table}
-    found = []
-    for row in source.take(4_000):  # not trained on
+    found: list[tuple[str, str]] = []
+    while len(found) < LONG_DOCUMENTS and (rows := source.hold_out(1)):
+        [row] = rows
         first, _, rest = uncut.get(row["pos"][:200], "").partition(". ")
         if len(first.split()) >= 8 and len(rest.split()) >= MAX_WORDS:
             found.append((first, rest))
-    found = list(dict(found[:LONG_DOCUMENTS]).items())
+    found = list(dict(found).items())
     asked = [(i, first) for i, (first, _) in enumerate(found[:500])]
     write_retrieval(folder, [rest for _, rest in found], asked)
 
@@ -207,7 +227,7 @@ def _write_development(shared: Path, folder: Path, name: str, source: Draw, forb
 
 def _entailment(folder: Path, source: Draw) -> None:
     """Is the sentence entailed, or contradicted? And graded: entailed, of the same scene, of another."""
-    rows = source.take(600)
+    rows = source.hold_out(600)
     pairs, graded = [], []
     for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
         pairs += [_pair(row["query"], row[column], label=label) for column, label in (("pos", 1), ("neg", 0))]
@@ -225,7 +245,7 @@ def _retrieval(name: str, documents: int, queries: int) -> Any:
     """Find the positive among those of all the held-out rows."""
 
     def made(folder: Path, source: Draw) -> None:
-        rows = source.take(documents)
+        rows = source.hold_out(documents)
         asked = [(i, row["query"]) for i, row in enumerate(rows[:queries])]
         write_retrieval(folder / name, [row["pos"] for row in rows], asked)
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from figures import Figure
 from quality_data import read_lines
-from quality_runs import Arm, Study, scores
+from quality_runs import scores
 
 REPEATS = 5
 
 
-def small_figures(study: Study, arms: Sequence[Arm], common: dict, tasks: Path) -> list[Figure]:
-    """Mean score of each arm's model on `tasks`, and its milliseconds a text."""
-    models = {"untouched": study.student, **{arm.name: study.model(arm, 0, common) for arm in arms}}
-    points = {name: scores(model, tasks, study.folder / f"small/{name}") for name, model in models.items()}
-    texts = [row["query"] for row in read_lines(study.folder / "data/paired.jsonl")][:512]
+def small_figures(models: dict[str, Path], folder: Path) -> list[Figure]:
+    """Mean score of each model on the development tasks of a study's folder, and its milliseconds a text."""
+    tasks = folder / "data/development"
+    points = {name: scores(model, tasks, folder / f"small/{name}") for name, model in models.items()}
+    texts = [row["query"] for row in read_lines(folder / "data/paired.jsonl")][:512]
     speeds = milliseconds(models, texts)
     figures = []
     for name in models:
@@ -26,7 +25,7 @@ def small_figures(study: Study, arms: Sequence[Arm], common: dict, tasks: Path) 
         figures.append(Figure(f"{name}: mean of the tasks", mean, "points"))
         figures.append(Figure(f"{name}: one text of {len(texts)}, one core", speed, "ms", None, speeds[name]))
     means = {name: float(np.mean(list(points[name].values()))) for name in models}
-    draw_points(means, {name: float(np.median(found)) for name, found in speeds.items()}, study.folder / "small.png")
+    draw_points(means, {name: float(np.median(found)) for name, found in speeds.items()}, folder / "small.png")
     return figures
 
 
