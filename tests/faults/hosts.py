@@ -174,9 +174,11 @@ print(json.dumps({{"asked": len(clients.asked), "failures": failures, "lost": lo
         command = self._on(host, *_RAY, "start", "--block", *(ports if host == HEAD else joins), *options)
         if host == HEAD:  # a new machine does not have it; with it, Ray takes the nodes it sees in `ps` for its own
             (self.folder / "ray_current_cluster").unlink(missing_ok=True)
+        # Unbuffered: what Ray said before it failed must not follow its last words.
+        environment = self.environment | {"PYTHONUNBUFFERED": "1"}
         with self._log(host).open("ab") as log:
             process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
             )
         self.started.append(process)
         return process
