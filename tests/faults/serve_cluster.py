@@ -68,9 +68,16 @@ class ServeCluster:
 
     def replicas(self) -> dict[str, int]:
         """Running replicas: id to process id."""
+        return {replica["replica_id"]: replica["pid"] for replica in self._replicas() if replica["state"] == "RUNNING"}
+
+    def settled(self, count: int) -> bool:
+        """So many replicas run, and none comes or goes."""
+        return [replica["state"] for replica in self._replicas()] == ["RUNNING"] * count
+
+    def _replicas(self) -> list[dict[str, Any]]:
         deployments = self.status().get("deployments", {})
-        replicas = deployments.get("embedder", {}).get("replicas", [])
-        return {replica["replica_id"]: replica["pid"] for replica in replicas if replica["state"] == "RUNNING"}
+        found: list[dict[str, Any]] = deployments.get("embedder", {}).get("replicas", [])
+        return found
 
     def wait(self, what: str, holds: Any, seconds: float = 120) -> float:
         """Seconds until `holds()`."""

@@ -106,6 +106,8 @@ def test_a_killed_replica(cluster: ServeCluster, small):
 
 
 def test_a_killed_controller(cluster: ServeCluster, small, large):
+    # The new controller takes over a replica that the old one was starting, too, and then ends one of three.
+    cluster.wait("two replicas and no third", lambda: cluster.settled(2), 60)
     before = cluster.replicas()
     (pid,) = cluster.processes("ray::ServeController")
     with Clients(cluster.url) as clients:
